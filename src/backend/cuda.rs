@@ -1,0 +1,218 @@
+//! NVIDIA GPUs: kernels from `cuda/`, the references in Burn's ops for the rest. Activations bf16 or f32.
+
+use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::source::Source;
+use super::tensor::{dense, empty, load_width, primitive, tensor};
+use super::{guard, kernel_cache, probe_cuda};
+use crate::error::Result;
+use crate::ops::*;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::Runtime;
+use cubecl::client::ComputeClient;
+use cubecl::cuda::{CudaDevice, CudaRuntime};
+use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
+use cubek::matmul::launch::{Strategy, launch_ref};
+use cubek::std::InputBinding;
+
+/// The client of the CUDA device of that number; panics (on cubecl's thread) without a working driver.
+pub(super) fn client(index: usize) -> ComputeClient<CudaRuntime> {
+    CudaRuntime::client(&CudaDevice::new(index))
+}
+
+/// Starts the CUDA device of that number, once, with the kernel cache of its architecture.
+pub(super) fn open(index: usize, label: &str) -> Result<CudaDevice> {
+    let capability = probe_cuda::devices().ok().and_then(|devices| Some(devices.get(index)?.capability));
+    kernel_cache::configure(capability);
+    guard::catch(|| client(index)).map_err(|message| guard::device_error(&message, label))?;
+    Ok(CudaDevice::new(index))
+}
+
+/// The backend of NVIDIA GPUs. Its float element is f32; tensors of activations are cast to bf16.
+pub type Cuda = burn_cuda::Cuda<f32, i32>;
+
+crate::plain_backend!(Cuda);
+
+impl ActivationOps for Cuda {}
+impl AttentionOps for Cuda {}
+impl CrossEntropyOps for Cuda {}
+impl EmbeddingOps for Cuda {}
+impl LinearOps for Cuda {}
+impl ResidualOps for Cuda {}
+impl RopeOps for Cuda {}
+
+impl MatmulOps for Cuda {
+    /// bf16 on the tensor cores, f32 without them: for f32 they would round the inputs to TF32's 10 bits.
+    fn matmul_as<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, out: DType) -> Tensor<Self, D> {
+        let (mut shape, other) = (a.dims(), b.dims());
+        assert_eq!(a.dtype(), b.dtype(), "the factors of a product have one type");
+        assert!(shape[D - 1] == other[D - 2], "a product of {shape:?} and {other:?}");
+        shape[D - 1] = other[D - 1];
+        for (size, other) in shape.iter_mut().zip(other).take(D - 2) {
+            *size = (*size).max(other);
+        }
+        let (a, b) = (primitive(a), primitive(b));
+        let c = empty(&a, shape, out);
+        let fast = if a.dtype == DType::F32 {
+            Strategy::SimpleUnit(Default::default())
+        } else {
+            Strategy::SimpleCyclicCmma(Default::default())
+        };
+        // Each takes more shapes than the one before; the last takes all.
+        let strategies = [fast, Strategy::SimpleUnit(Default::default()), Strategy::Naive];
+        let errors: Vec<_> = strategies.iter().map_while(|strategy| product(strategy, &a, &b, &c).err()).collect();
+        assert!(errors.len() < strategies.len(), "no kernel for a product to {shape:?}: {errors:?}");
+        tensor(c)
+    }
+}
+
+/// `c = a b` by the given strategy, accumulated in f32.
+fn product(
+    strategy: &Strategy,
+    a: &CubeTensor<CudaRuntime>,
+    b: &CubeTensor<CudaRuntime>,
+    c: &CubeTensor<CudaRuntime>,
+) -> std::result::Result<(), String> {
+    let (input, output) = (a.dtype.into(), c.dtype.into());
+    let mut types = MatmulElems::from_globals(&MatmulGlobalElems { lhs: input, rhs: input, out: output });
+    let lhs = InputBinding::new(a.clone().binding(), input);
+    let rhs = InputBinding::new(b.clone().binding(), input);
+    launch_ref(strategy, &c.client, lhs, rhs, c.clone().binding(), &mut types).map_err(|e| format!("{e:?}"))
+}
+
+impl RmsNormOps for Cuda {
+    fn rms_norm(x: Tensor<Self, 2>, eps: f64) -> Tensor<Self, 2> {
+        let [rows, columns] = x.dims();
+        let dtype = x.dtype();
+        let Some(element) = rms_norm_element(dtype, rows, columns) else { return rms_norm::forward(x, eps) };
+        let x = dense(x);
+        let y = empty(&x, [rows, columns], dtype);
+        rms_norm_kernel("rms_norm_forward", element, &[&x, &y], rows, columns, eps);
+        tensor(y)
+    }
+
+    fn rms_norm_backward(x: Tensor<Self, 2>, grad: Tensor<Self, 2>, eps: f64) -> Tensor<Self, 2> {
+        let [rows, columns] = x.dims();
+        let dtype = x.dtype();
+        let Some(element) = rms_norm_element(dtype, rows, columns) else {
+            return rms_norm::backward(x, grad, eps);
+        };
+        let (x, grad) = (dense(x), dense(grad.cast(dtype)));
+        let grad_x = empty(&x, [rows, columns], dtype);
+        rms_norm_kernel("rms_norm_backward", element, &[&x, &grad, &grad_x], rows, columns, eps);
+        tensor(grad_x)
+    }
+}
+
+/// `cuda/rms_norm.cu`.
+static RMS_NORM: Source = Source::new("rms_norm.cu", include_str!("../../cuda/rms_norm.cu"));
+
+/// The widest row that the kernel holds in a block's registers.
+const RMS_NORM_COLUMNS: usize = 16_384;
+
+/// The kernel's element type for a tensor, if it takes that tensor.
+fn rms_norm_element(dtype: DType, rows: usize, columns: usize) -> Option<&'static str> {
+    let fits = rows > 0 && (1..=RMS_NORM_COLUMNS).contains(&columns);
+    match dtype {
+        DType::BF16 if fits => Some("__nv_bfloat16"),
+        DType::F32 if fits => Some("float"),
+        _ => None,
+    }
+}
+
+/// How a row is spread over threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Spread {
+    /// Elements of one load.
+    width: usize,
+    /// Threads that share a row.
+    lanes: usize,
+    /// Loads of one thread.
+    chunks: usize,
+}
+
+impl Spread {
+    /// Up to a warp takes a row with one load a thread, then a warp with more loads, then more warps.
+    fn new(columns: usize, width: usize) -> Self {
+        // What keeps the backward, which holds two rows, clear of spills (`.ci/cuda` prints the registers).
+        let most = if width > 1 { 4 } else { 16 };
+        let loads = columns.div_ceil(width);
+        let mut lanes = loads.next_power_of_two().min(32);
+        while lanes * most < loads {
+            lanes *= 2;
+        }
+        Self { width, lanes, chunks: loads.div_ceil(lanes).next_power_of_two() }
+    }
+
+    fn threads(self) -> usize {
+        self.lanes.max(256)
+    }
+}
+
+fn rms_norm_kernel(
+    entry: &'static str,
+    element: &str,
+    buffers: &[&CubeTensor<CudaRuntime>],
+    rows: usize,
+    columns: usize,
+    eps: f64,
+) {
+    let spread = Spread::new(columns, load_width(buffers, columns));
+    let constants = vec![
+        ("ELEMENT", element.to_string()),
+        ("WIDTH", spread.width.to_string()),
+        ("LANES", spread.lanes.to_string()),
+        ("CHUNKS", spread.chunks.to_string()),
+    ];
+    let kernel =
+        CudaKernel { source: &RMS_NORM, entry, constants, block: spread.threads() as u32, shared_bytes: 0 };
+    let blocks = rows.div_ceil(spread.threads() / spread.lanes) as u32;
+    let scalars = [rows as u64, columns as u64, float_word(eps as f32)];
+    launch(kernel, [blocks, 1, 1], Arguments { buffers, scalars: &scalars, ..Default::default() });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_covers_the_row_within_a_block_and_the_register_budget() {
+        for width in [1, 4, 8] {
+            for columns in (1..=RMS_NORM_COLUMNS).filter(|c| c.is_multiple_of(width)) {
+                let spread = Spread::new(columns, width);
+                let Spread { lanes, chunks, .. } = spread;
+                assert!(lanes * chunks * width >= columns, "{columns} {spread:?}");
+                assert!(lanes.is_power_of_two() && lanes <= 1024 && chunks <= 16, "{columns} {spread:?}");
+                assert!(chunks * width <= 32, "{columns} {spread:?}");
+                assert!(spread.threads().is_multiple_of(lanes) && spread.threads() <= 1024);
+            }
+        }
+        assert_eq!(Spread::new(512, 8), Spread { width: 8, lanes: 32, chunks: 2 });
+        assert_eq!(Spread::new(64, 8), Spread { width: 8, lanes: 8, chunks: 1 });
+    }
+
+    #[test]
+    fn the_compile_check_tries_the_forms_of_common_widths_and_the_extremes() {
+        let variants: Vec<&str> =
+            RMS_NORM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        for (element, size, columns) in [
+            ("__nv_bfloat16", 2, 64),
+            ("__nv_bfloat16", 2, 512),
+            ("__nv_bfloat16", 2, 1024),
+            ("__nv_bfloat16", 2, 16_384),
+            ("float", 4, 64),
+            ("float", 4, 512),
+            ("float", 4, 1024),
+            ("float", 4, 16_384),
+        ] {
+            let Spread { width, lanes, chunks } = Spread::new(columns, 16 / size);
+            let form = format!("-DELEMENT={element} -DWIDTH={width} -DLANES={lanes} -DCHUNKS={chunks}");
+            assert!(variants.contains(&form.as_str()), "{form} of {columns} columns is not among {variants:?}");
+        }
+        for element in ["__nv_bfloat16", "float"] {
+            let Spread { lanes, chunks, .. } = Spread::new(16_383, 1);
+            let form = format!("-DELEMENT={element} -DWIDTH=1 -DLANES={lanes} -DCHUNKS={chunks}");
+            assert!(variants.contains(&form.as_str()), "{form}");
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! The devices: each one's backend with its kernels, the launchers for kernels in source form, and the choice of device.
+
+pub mod cpu;
+pub mod cuda;
+pub mod device;
+pub mod guard;
+pub mod launch_cuda;
+pub mod launch_wgsl;
+pub mod source;
+pub mod tensor;
+pub mod wgpu;
+
+mod kernel_cache;
+mod probe_cpu;
+mod probe_cuda;
+mod probe_wgpu;
+
+pub use device::{DeviceChoice, DeviceInfo, Job, Precision, Target, devices, resolve, run};
+pub use guard::{MemoryUse, guard, is_out_of_memory, memory_use};

@@ -1,0 +1,96 @@
+//! The text of a kernel file, compiled into the binary, with its includes pasted in.
+//!
+//! At run time no folder of ours exists that a shader or CUDA compiler could read, so a line
+//! `#include "common/x"` (in WGSL, which has no includes, `//#include "common/x"`) is replaced by that file's text.
+
+use sha2::{Digest, Sha256};
+use std::sync::OnceLock;
+
+/// Every file that kernels may include: the name as written in the include, and its text.
+const COMMON: &[(&str, &str)] = &[
+    ("common/row_sum.wgsl", include_str!("../../wgsl/common/row_sum.wgsl")),
+    ("common/row.cuh", include_str!("../../cuda/common/row.cuh")),
+];
+
+/// One kernel file.
+#[derive(Debug)]
+pub struct Source {
+    name: &'static str,
+    text: &'static str,
+    expanded: OnceLock<(String, u128)>,
+}
+
+impl Source {
+    /// The file `name` (for messages) with the given text.
+    pub const fn new(name: &'static str, text: &'static str) -> Self {
+        Self { name, text, expanded: OnceLock::new() }
+    }
+
+    /// The file's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn expanded(&self) -> &(String, u128) {
+        self.expanded.get_or_init(|| {
+            let text = paste_includes(self.text);
+            let hash = Sha256::digest(&text);
+            let (head, _) = hash.split_at(16);
+            let hash = head.iter().fold(0, |hash, byte| hash << 8 | u128::from(*byte));
+            (text, hash)
+        })
+    }
+
+    /// The text with its includes pasted in.
+    pub fn text(&self) -> &str {
+        &self.expanded().0
+    }
+
+    /// A hash of [`Self::text`]: part of the identity of every kernel compiled from it.
+    pub fn hash(&self) -> u128 {
+        self.expanded().1
+    }
+}
+
+fn paste_includes(text: &str) -> String {
+    let mut pasted = String::with_capacity(text.len());
+    for line in text.lines() {
+        match included(line) {
+            Some(common) => pasted.push_str(&paste_includes(common)),
+            None => pasted.push_str(line),
+        }
+        pasted.push('\n');
+    }
+    pasted
+}
+
+/// The text that an include line stands for; `None` for other lines and for the compiler's own headers.
+fn included(line: &str) -> Option<&'static str> {
+    let line = line.trim();
+    let line = line.strip_prefix("//").unwrap_or(line);
+    let name = line.strip_prefix("#include \"")?.strip_suffix('"')?;
+    COMMON.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn includes_of_ours_are_pasted_and_headers_stay() {
+        let source = Source::new("x.cu", "#include <cuda_bf16.h>\n#include \"common/row.cuh\"\nend\n");
+        assert!(source.text().starts_with("#include <cuda_bf16.h>\n"));
+        assert!(source.text().contains(COMMON[1].1.lines().last().unwrap()));
+        assert!(source.text().ends_with("\nend\n"));
+        assert!(!source.text().contains("#include \"common"));
+    }
+
+    #[test]
+    fn the_hash_is_of_the_pasted_text() {
+        let (a, b) = (Source::new("a", "//#include \"common/row_sum.wgsl\"\n"), Source::new("b", ""));
+        let c = Source::new("c", Box::leak(a.text().to_string().into_boxed_str()));
+        assert_ne!(a.hash(), b.hash());
+        assert_eq!(a.text().trim_end(), c.text().trim_end());
+        assert_eq!(b.hash() >> 64, 0xe3b0_c442_98fc_1c14);
+    }
+}

@@ -1,0 +1,60 @@
+//! What the launchers of both GPU backends need of Burn's tensors: dense primitives, outputs, load widths.
+
+use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, kernel};
+
+/// Bytes of the widest load of one thread.
+pub const LOAD_BYTES: usize = 16;
+
+/// The tensor's primitive, copied to a dense row-major buffer if it is not one already.
+///
+/// Burn's layouts vary: views, transposes, expansions, and on CUDA rows padded for alignment.
+pub fn dense<R, F, I, B, const D: usize>(tensor: Tensor<CubeBackend<R, F, I, B>, D>) -> CubeTensor<R>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    B: BoolElement,
+{
+    kernel::into_contiguous(primitive(tensor))
+}
+
+/// The tensor's primitive in whatever layout it has.
+pub fn primitive<R, F, I, B, const D: usize>(tensor: Tensor<CubeBackend<R, F, I, B>, D>) -> CubeTensor<R>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    B: BoolElement,
+{
+    tensor.into_primitive().tensor()
+}
+
+/// A primitive as a tensor of rank `D`.
+pub fn tensor<R, F, I, B, const D: usize>(primitive: CubeTensor<R>) -> Tensor<CubeBackend<R, F, I, B>, D>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    B: BoolElement,
+{
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// An uninitialised dense tensor on the device (and stream) of `like`.
+pub fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: impl Into<Shape>, dtype: DType) -> CubeTensor<R> {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), dtype)
+}
+
+/// Elements that one thread may load at once from rows of `columns` elements of all the given dense tensors: as many
+/// as fill [`LOAD_BYTES`] where every row starts at a multiple of that, else 1.
+pub fn load_width<R: CubeRuntime>(tensors: &[&CubeTensor<R>], columns: usize) -> usize {
+    let aligned = tensors.iter().all(|tensor| {
+        let start = tensor.handle.offset_start.unwrap_or(0);
+        start.is_multiple_of(LOAD_BYTES as u64) && (columns * tensor.elem_size()).is_multiple_of(LOAD_BYTES)
+    });
+    let widest = tensors.iter().map(|tensor| tensor.elem_size()).max().unwrap_or(LOAD_BYTES);
+    if aligned { LOAD_BYTES / widest } else { 1 }
+}

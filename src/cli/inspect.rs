@@ -1,0 +1,107 @@
+//! `fairway inspect`.
+
+use super::{output, source};
+use crate::artifact::Artifact;
+use crate::error::Result;
+use crate::recipe::Recipe;
+use crate::train::run::TrainedRun;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Show what a recipe, a run or an artifact is; opens no GPU
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  fairway inspect baseline\n  fairway inspect model.fairway")]
+pub struct Args {
+    /// A recipe's name or TOML file, the folder of a run, or an artifact
+    what: String,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(serde::Serialize)]
+struct Row {
+    name: String,
+    shape: Vec<usize>,
+    dtype: String,
+    bytes: usize,
+}
+
+struct Report {
+    params: u64,
+    tensors: Vec<Row>,
+    recipe: Recipe,
+    quant: Option<String>,
+    bytes: Option<u64>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let path = Path::new(&args.what);
+    let report = if source::is_artifact(path) {
+        of_artifact(path)?
+    } else if path.is_dir() {
+        of_run(path)?
+    } else {
+        let recipe = Recipe::load(&args.what)?;
+        recipe.validate()?;
+        let rows = crate::model::layout(&recipe).into_iter().map(|spec| {
+            let bytes = 4 * spec.shape.iter().product::<usize>();
+            Row { name: spec.name, shape: spec.shape, dtype: "F32".into(), bytes }
+        });
+        Report { params: recipe.param_count(), tensors: rows.collect(), quant: None, bytes: None, recipe }
+    };
+    if args.json {
+        return output::json(&serde_json::json!({
+            "params": report.params,
+            "tensors": report.tensors,
+            "recipe": report.recipe,
+            "quant": report.quant,
+            "bytes": report.bytes,
+        }));
+    }
+    let cells = |row: &Row| vec![row.name.clone(), format!("{:?}", row.shape), row.dtype.clone(), row.bytes.to_string()];
+    let rows: Vec<_> = report.tensors.iter().map(cells).collect();
+    output::line(report.recipe.to_toml());
+    output::table(&["tensor", "shape", "type", "bytes"], &rows);
+    output::line(format!("parameters: {}", report.params));
+    if let (Some(quant), Some(bytes)) = (report.quant, report.bytes) {
+        output::line(format!("quantisation: {quant}; file: {bytes} bytes"));
+    }
+    Ok(())
+}
+
+fn of_artifact(path: &Path) -> Result<Report> {
+    let found = Artifact::inspect(path)?;
+    let recipe = Recipe::from_toml(&found.recipe_toml, path)?;
+    let row = |row: crate::artifact::TensorRow| Row {
+        name: row.name,
+        shape: row.shape,
+        dtype: row.dtype,
+        bytes: row.bytes,
+    };
+    Ok(Report {
+        params: found.params,
+        tensors: found.tensors.into_iter().map(row).collect(),
+        recipe,
+        quant: Some(found.quant),
+        bytes: Some(found.bytes),
+    })
+}
+
+fn of_run(path: &Path) -> Result<Report> {
+    let run = TrainedRun::load(path, &mut |line| output::warn(line))?;
+    let row = |tensor: &crate::host::HostTensor| Row {
+        name: tensor.name.clone(),
+        shape: tensor.shape.clone(),
+        dtype: format!("{:?}", tensor.dtype),
+        bytes: tensor.bytes.len(),
+    };
+    let source: PathBuf = run.source;
+    Ok(Report {
+        params: run.params.iter().map(|tensor| tensor.numel() as u64).sum(),
+        tensors: run.params.iter().map(row).collect(),
+        recipe: run.recipe,
+        quant: Some("none".into()),
+        bytes: fs::metadata(&source).ok().map(|file| file.len()),
+    })
+}

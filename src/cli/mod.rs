@@ -1,0 +1,116 @@
+//! The command line: one file a subcommand; it parses, calls the library and prints.
+
+mod args;
+mod data;
+mod demo;
+mod devices;
+mod eval;
+mod export;
+mod inspect;
+mod output;
+mod parity;
+mod progress;
+mod recipes;
+mod sample;
+mod source;
+mod train;
+
+use crate::error::{Error, Result};
+use crate::train::guards;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Trains, compresses and scores the best language model that fits in 16,000,000 bytes.
+#[derive(Parser)]
+#[command(
+    name = "fairway",
+    version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("FAIRWAY_COMMIT"), ")"),
+    arg_required_else_help = true,
+    after_help = "Example: fairway demo --minutes 1"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Args),
+    Train(Box<train::Args>),
+    Export(export::Args),
+    Eval(eval::Args),
+    Sample(sample::Args),
+    Inspect(inspect::Args),
+    Recipes(recipes::Args),
+    Data(data::Args),
+    Devices(devices::Args),
+    Parity(parity::Args),
+}
+
+/// Parses the process's arguments, runs the command and returns the exit status: 0 done, 1 failed, 2 bad usage or
+/// input, 130 interrupted.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => return fail(&usage_error(&error)),
+        Err(help) => {
+            // A closed pipe is no reason to fail.
+            let _ = help.print();
+            return ExitCode::SUCCESS;
+        }
+    };
+    catch_interrupts();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Demo(args) => demo::run(args),
+        Command::Train(args) => train::run(*args),
+        Command::Export(args) => export::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Sample(args) => sample::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Recipes(args) => recipes::run(args),
+        Command::Data(args) => data::run(args),
+        Command::Devices(args) => devices::run(args),
+        Command::Parity(args) => return parity::run(args),
+    }?;
+    guards::check_interrupt("after the last step of the command")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fail(error: &Error) -> ExitCode {
+    output::error_line(error);
+    ExitCode::from(error.exit_code())
+}
+
+/// clap's several lines as one of ours.
+fn usage_error(error: &clap::Error) -> Error {
+    let text = error.render().to_string();
+    let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let what: Vec<&str> = lines().take_while(|line| !line.starts_with("Usage:")).collect();
+    let what = what.join(" ");
+    let what = what.strip_prefix("error: ").unwrap_or(&what);
+    let usage = lines().find_map(|line| line.strip_prefix("Usage: ")).unwrap_or("fairway --help");
+    Error::input(what, "command line", format!("usage: {usage}"))
+}
+
+/// The first Ctrl-C asks the work to finish its step, save and stop; the second exits at once.
+fn catch_interrupts() {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let caught = ctrlc::set_handler(|| {
+        if COUNT.fetch_add(1, Ordering::SeqCst) > 0 {
+            std::process::exit(130);
+        }
+        guards::interrupt();
+        output::warn("interrupted: finishing the step; press Ctrl-C again to exit at once");
+    });
+    if let Err(error) = caught {
+        output::warn(&format!("Ctrl-C will stop without saving ({error})"));
+    }
+}

@@ -1,0 +1,141 @@
+//! `fairway train`.
+
+use super::args::{self, DeviceArgs};
+use super::{output, progress::TrainBar};
+use crate::error::{Error, Result};
+use crate::recipe::Recipe;
+use crate::train::{self, Options, Summary};
+use std::path::{Path, PathBuf};
+
+/// Train a recipe; writes DIR/{recipe.toml,train.log,metrics.jsonl,curve.svg,checkpoint/,final.safetensors}
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  fairway train tiny\n  \
+    fairway train baseline --data data/datasets/fineweb10B_sp1024 --set iterations=200 --out runs/a\n  \
+    fairway train --resume runs/a")]
+pub struct Args {
+    /// A built-in recipe (see `fairway recipes`) or a TOML file; with --resume the resumed run's own if absent
+    #[arg(required_unless_present = "resume")]
+    recipe: Option<String>,
+    /// Set a recipe key, as often as needed; wins over --from-env
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Take the challenge's environment names (ITERATIONS, MATRIX_LR, ...): those that are set, or a FILE's NAME=value lines
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "")]
+    from_env: Option<PathBuf>,
+    /// Folder with fineweb_train_*.bin and fineweb_val_*.bin [default: the demo corpus, built if absent]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// The shards' tokenizer: a SentencePiece .model file, or `byte` [default: what the folder implies]
+    #[arg(long, value_name = "FILE|byte")]
+    tokenizer: Option<String>,
+    /// Run N steps without a wallclock cap, as ITERATIONS=N does: the last warmdown_iters of them warm down; 0 writes the initial model
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Seed of the initial weights
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Tokens of one forward and backward at most: a limit on memory
+    #[arg(long, value_name = "TOKENS")]
+    micro_batch: Option<usize>,
+    /// Steps between checkpoints (the last two are kept); 0 for only at the end and when interrupted
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    save_every: usize,
+    /// The run's folder [default: the resumed one, or runs/RECIPE-N]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on from the newest whole checkpoint in DIR
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Print one JSON object instead of the log
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Data and tokenizer that the environment names.
+#[derive(Default)]
+struct FromEnv {
+    data: Option<PathBuf>,
+    tokenizer: Option<String>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let (recipe, env) = resolve_recipe(&args)?;
+    let target = args.device.target()?;
+    let data = match args.data.clone().or(env.data) {
+        Some(data) => data,
+        None => args::demo_data()?,
+    };
+    let named = args.tokenizer.clone().or(env.tokenizer);
+    let (tokenizer, tokenizer_name) = args::tokenizer(named.as_deref(), &data, recipe.vocab_size)?;
+    let out = match args.out.clone().or(args.resume.clone()) {
+        Some(out) => out,
+        None => free_run_dir(&recipe.name),
+    };
+    let bar = TrainBar::new();
+    let options = Options {
+        recipe,
+        data,
+        tokenizer,
+        tokenizer_name,
+        out,
+        resume: args.resume,
+        micro_batch: args.micro_batch,
+        save_every: args.save_every,
+        echo: bar.echo(args.json),
+    };
+    let trained = train::train(options, &target, &mut |status| bar.show(status));
+    bar.finish();
+    report(&trained?, args.json)
+}
+
+fn report(summary: &Summary, json: bool) -> Result<()> {
+    if json {
+        return output::json(summary);
+    }
+    output::line(format!("run: {}", summary.out.display()));
+    if let Some(speed) = summary.tokens_per_s {
+        output::line(format!("tokens_per_s:{speed:.0} step_ms:{:.2}", summary.step_ms.unwrap_or(f64::NAN)));
+    }
+    Ok(())
+}
+
+/// The recipe, then the environment, then the flags.
+fn resolve_recipe(args: &Args) -> Result<(Recipe, FromEnv)> {
+    let mut recipe = match (&args.recipe, &args.resume) {
+        (Some(name), _) => Recipe::load(name)?,
+        (None, Some(dir)) => Recipe::load(&dir.join("recipe.toml").display().to_string())?,
+        (None, None) => return Err(Error::input("no recipe", "RECIPE", "a built-in recipe or a TOML file")),
+    };
+    let mut env = FromEnv::default();
+    if let Some(file) = &args.from_env {
+        let report = if file.as_os_str().is_empty() {
+            recipe.apply_env_map(std::env::vars_os())?
+        } else {
+            recipe.apply_env_file(file)?
+        };
+        report.warnings.iter().for_each(|warning| output::warn(warning));
+        env.data = report.data_path;
+        env.tokenizer = report.tokenizer_path.map(|path| path.display().to_string());
+    }
+    for assignment in &args.sets {
+        recipe.set(assignment)?;
+    }
+    if let Some(steps) = args.steps {
+        recipe.iterations = steps;
+        recipe.max_wallclock_seconds = 0.0;
+    }
+    if let Some(seed) = args.seed {
+        recipe.seed = seed;
+    }
+    recipe.validate()?;
+    Ok((recipe, env))
+}
+
+/// The first of `runs/NAME-1`, `runs/NAME-2`, ... that does not exist.
+fn free_run_dir(name: &str) -> PathBuf {
+    let safe: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let dir = |n| Path::new("runs").join(format!("{safe}-{n}"));
+    (1..).map(dir).find(|dir| !dir.exists()).unwrap_or_else(|| dir(0))
+}

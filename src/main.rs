@@ -1,0 +1,7 @@
+//! The `fairway` program: parse, run, exit status.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    fairway::cli::main()
+}

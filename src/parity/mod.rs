@@ -1,0 +1,122 @@
+//! Parity with other people's numbers: every fixture of a folder, built, run and compared.
+//!
+//! A folder holds `index*.json` and one safetensors file for each fixture that they list. A fixture's `kind` names what
+//! to build from the entry's `config`, `env` and other keys; its inputs (`in.*`, `param.*`, `cot.*`) go in under the
+//! peers' own names, and every other tensor of the file (`out.*`, `grad.*`, `act.*`, ...) is expected of the result.
+
+mod case;
+mod compare;
+mod data;
+mod fixture;
+mod index;
+mod model;
+mod ops;
+mod optim;
+mod quant;
+mod train;
+
+use crate::error::{Error, Result};
+use crate::ops::Plain;
+use burn::tensor::DType;
+use case::Case;
+use index::Index;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// What to run, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Runs only the fixtures whose names match this glob (`*`: any characters, `?`: one).
+    pub only: Option<String>,
+    /// The folder of tokenizer models, which are found by their SHA-256; `../tokenizers` beside the fixtures if none.
+    pub tokenizers: Option<PathBuf>,
+    /// The type to compute in: f64 is compared with an entry's `tol`, any other with its `tol_f32`.
+    pub precision: DType,
+}
+
+/// One comparison.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// The fixture's name.
+    pub fixture: String,
+    /// The tensor, or the entry's key, that is compared; `*` where the whole fixture cannot be.
+    pub tensor: String,
+    /// The largest error over the largest magnitude of the expected tensor (absolute where `note` says so); none where
+    /// there is nothing to measure.
+    pub error: Option<f64>,
+    /// The most that the entry allows, never widened here.
+    pub tolerance: Option<f64>,
+    /// Whether the error is within the tolerance.
+    pub ok: bool,
+    /// Why a row failed, and where; or how it was measured.
+    pub note: Option<String>,
+}
+
+/// Every row of a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The rows, fixture by fixture in the order of their names.
+    pub rows: Vec<Row>,
+    /// Rows that are ok.
+    pub passed: usize,
+    /// Rows that are not.
+    pub failed: usize,
+}
+
+/// Runs every fixture that the index files of `dir` list on a device; `on_row` is told of each row as it is known.
+///
+/// Errors (input): a folder without a readable index, or a glob that matches no name. A fixture that cannot be read or
+/// run is no error but a row that failed, with the reason.
+pub fn run<P: Plain>(
+    dir: &Path,
+    options: &Options,
+    device: &P::Device,
+    on_row: &mut dyn FnMut(&Row),
+) -> Result<Report> {
+    let index = Index::load(dir)?;
+    let mut rows = Vec::new();
+    for (name, entry) in index.matching(options.only.as_deref())? {
+        let case = Case::<P>::open(dir, &index, name, entry, options, device);
+        let found = case.map_or_else(|error| vec![refused(name, &error)], |case| case.rows(solve::<P>));
+        found.iter().for_each(&mut *on_row);
+        rows.extend(found);
+    }
+    let passed = rows.iter().filter(|row| row.ok).count();
+    Ok(Report { passed, failed: rows.len() - passed, rows })
+}
+
+/// The row of a fixture that cannot be run.
+fn refused(fixture: &str, error: &Error) -> Row {
+    Row {
+        fixture: fixture.into(),
+        tensor: "*".into(),
+        error: None,
+        tolerance: None,
+        ok: false,
+        note: Some(error.to_string()),
+    }
+}
+
+/// Runs what the entry's kind names.
+fn solve<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
+    match case.entry.kind()? {
+        "data.byte_table" => data::byte_table(case),
+        "model.challenge" => model::challenge(case),
+        "op.attn_causal_gqa" => ops::causal_attention(case),
+        "op.attn_qknorm_rope_gain_gqa" => ops::normed_attention(case),
+        "op.relu2_mlp" => ops::relu_squared_mlp(case),
+        "op.rmsnorm" => ops::rms_norm(case),
+        "op.rope" => ops::rope(case),
+        "op.softcap_xent" => ops::cross_entropy(case),
+        "optim.adamw" => optim::adamw(case),
+        "optim.muon" => optim::muon(case),
+        "optim.newton_schulz" => optim::newton_schulz(case),
+        "quant.int8" => quant::int8(case),
+        "train.challenge" => train::challenge(case),
+        kind => Err(Error::input(
+            format!("unknown kind {kind}"),
+            "the entry",
+            "data.byte_table, model.challenge, op.*, optim.*, quant.int8 or train.challenge of the README",
+        )),
+    }
+}

@@ -1,0 +1,235 @@
+//! `train.challenge`: some optimizer steps of a whole model, from the accumulated gradients to the final weights.
+
+use super::case::{Case, integers};
+use super::compare::Tolerance;
+use super::fixture::Tensors;
+use super::model::{Batch, build, mean_loss, recipe};
+use crate::error::{Error, Result};
+use crate::host::HostTensor;
+use crate::model::Model;
+use crate::ops::{Autodiff, Base, Plain};
+use crate::optim::muon::NewtonSchulz;
+use crate::optim::schedule::{lr_multiplier, muon_momentum};
+use crate::optim::{Group, Optimizers, group_of};
+use crate::recipe::Recipe;
+use burn::tensor::DType;
+use std::collections::BTreeSet;
+
+/// What follows from the step's number alone is exact but for the order of a few operations.
+const SCHEDULE_TOLERANCE: f64 = 1e-12;
+
+/// Runs the steps of `in.ids[step, micro-batch, b, t]` from `param0.*`.
+///
+/// A file `*_f32` has no inputs of its own: they are in its sibling `*_f64`. Its numbers are those of a float32 run and
+/// are compared absolutely.
+pub(super) fn challenge<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
+    set_tolerances(case)?;
+    let sibling = match case.name.strip_suffix("_f32") {
+        Some(stem) if case.tensors.peek("in.ids").is_none() => {
+            Some(Tensors::load(&case.dir.join(format!("{stem}_f64.safetensors")))?)
+        }
+        _ => None,
+    };
+    // A sibling lends its inputs for the run; only this file's own tensors are compared.
+    let own = sibling.map(|inputs| std::mem::replace(&mut case.tensors, inputs));
+    let run = Run::new(case);
+    if let Some(own) = own {
+        case.tensors = own;
+    }
+    run?.steps(case)
+}
+
+/// Float64 runs: `tol` for what the file holds in float64, `tol_rounded` for what it holds in float32. Narrower ones:
+/// the absolute bounds of the float32 run, the entry's own or its sibling's.
+fn set_tolerances<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
+    let top = case.entry.top();
+    let is_float32 = top.number("tol")?.is_none() && top.number("tol_abs_params")?.is_some();
+    if is_float32 && case.dtype == DType::F64 {
+        case.dtype = DType::F32;
+    }
+    if case.dtype == DType::F64 {
+        let rounded = match top.number("tol_rounded")? {
+            Some(_) => case.entry.bound("tol_rounded")?,
+            None => case.entry.bound("tol")?,
+        };
+        for prefix in ["grad0.", "after1."] {
+            case.tolerate(prefix, Tolerance::Relative(rounded));
+        }
+        return Ok(());
+    }
+    if top.number("tol_f32")?.is_some() {
+        return Ok(());
+    }
+    let stem = case.name.strip_suffix("_f64").unwrap_or(case.name);
+    let sibling = case.index.get(&format!("{stem}_f32"));
+    let entry = if is_float32 { case.entry } else { sibling.unwrap_or(case.entry) };
+    let bound = |key| Ok(Tolerance::Absolute(entry.bound(key)?));
+    let [params, losses] = [bound("tol_abs_params")?, bound("tol_abs_losses")?];
+    case.tolerate("", params);
+    case.tolerate("out.", losses);
+    Ok(())
+}
+
+/// A model before its first step, and what it trains on.
+struct Run<P: Plain> {
+    recipe: Recipe,
+    model: Model<P>,
+    sizes: [usize; 4],
+    ids: Vec<i64>,
+    targets: Vec<i64>,
+}
+
+impl<P: Plain> Run<P> {
+    fn new(case: &Case<'_, P>) -> Result<Self> {
+        let &[steps, spans, batch, time] = case.host("in.ids")?.shape.as_slice() else {
+            return Err(Error::input("in.ids", "the file", "[step, micro-batch, batch, time]"));
+        };
+        let sizes = [steps, spans, batch, time];
+        let mut recipe = recipe(case, [spans, batch, time])?;
+        set_hyper(case, &mut recipe, steps)?;
+        recipe.validate()?;
+        case.expect_shape("in.targets", &sizes)?;
+        let (ids, _) = case.ids("in.ids", recipe.vocab_size)?;
+        let (targets, _) = case.ids("in.targets", recipe.vocab_size)?;
+        let model = build(case, &recipe, &case.tensors, "param0.")?;
+        Ok(Self { recipe, model, sizes, ids, targets })
+    }
+
+    fn batch<B: Base<Plain = P>>(&self, step: usize, span: usize, device: &B::Device) -> Batch<B> {
+        let [_, spans, batch, time] = self.sizes;
+        let start = (step * spans + span) * batch * time;
+        let range = start..start + batch * time;
+        [&self.ids, &self.targets].map(|ids| integers(ids[range.clone()].to_vec(), [batch, time], device))
+    }
+
+    fn steps(self, case: &mut Case<'_, P>) -> Result<()> {
+        let [steps, spans, ..] = self.sizes;
+        let (recipe, model) = (&self.recipe, &self.model);
+        check_groups(case, recipe, model)?;
+        let iteration = NewtonSchulz { bf16: case.entry.says("bfloat16")?, ..NewtonSchulz::default() };
+        let mut optimizers = Optimizers::with_newton_schulz(recipe, model, iteration);
+        let (mut losses, mut muls, mut momenta) = (Vec::new(), Vec::new(), Vec::new());
+        for step in 0..steps {
+            let mut mean = 0.0;
+            for span in 0..spans {
+                let batch = self.batch::<Autodiff<P>>(step, span, case.device);
+                let loss = mean_loss(model, batch).mul_scalar(1.0 / spans as f64);
+                mean += scalar(loss.clone().inner())?;
+                loss.backward();
+            }
+            losses.push(mean);
+            if step == 0 {
+                let scale = optimizers.clip_scale();
+                for param in model.params().iter() {
+                    let grad = param.flat_grad();
+                    let clipped = grad.map(|grad| match &scale {
+                        Some(scale) => grad * scale.clone(),
+                        None => grad,
+                    });
+                    case.give(&format!("grad0.{}", param.name()), param.shape(), clipped)?;
+                }
+            }
+            muls.push(lr_multiplier(recipe, step, 0.0));
+            momenta.push(muon_momentum(recipe, step));
+            optimizers.step(muls[step], momenta[step]);
+            if step == 0 {
+                give_params(case, model, "after1.")?;
+            }
+        }
+        give_params(case, model, "final.")?;
+        case.give_host(HostTensor::from_f64("out.losses", &[steps], &losses));
+        let last = mean_loss(model, self.batch::<P>(0, 0, case.device));
+        case.give("out.final_loss", &[1], Some(last))?;
+        check_schedule(case, "lr_mul", &muls)?;
+        check_schedule(case, "muon_momentum", &momenta)
+    }
+}
+
+fn scalar<P: Plain>(value: burn::tensor::Tensor<P, 1>) -> Result<f64> {
+    let host = crate::model::params::to_host("loss", &[1], value)?;
+    Ok(host.to_f64().iter().sum())
+}
+
+fn give_params<P: Plain>(case: &mut Case<'_, P>, model: &Model<P>, prefix: &str) -> Result<()> {
+    for param in model.params().iter() {
+        case.give(&format!("{prefix}{}", param.name()), param.shape(), Some(param.flat()))?;
+    }
+    Ok(())
+}
+
+/// Takes the entry's `hyper` into the recipe: a schedule by steps, one token rate whether tied or not.
+fn set_hyper<P: Plain>(case: &Case<'_, P>, recipe: &mut Recipe, steps: usize) -> Result<()> {
+    let hyper = case.entry.section("hyper")?;
+    hyper.only(&[
+        "adam_eps",
+        "backend_steps",
+        "beta1",
+        "beta2",
+        "clip",
+        "grad_accum",
+        "head_lr",
+        "iterations",
+        "matrix_lr",
+        "momentum_start",
+        "momentum_warmup_steps",
+        "muon_momentum",
+        "scalar_lr",
+        "steps",
+        "tok_lr",
+        "warmdown_iters",
+    ])?;
+    for (key, found) in [("steps", steps), ("grad_accum", recipe.grad_accum_steps)] {
+        if hyper.count(key)? != Some(found) {
+            return Err(Error::input(format!("another {key} than in.ids has"), "hyper", found));
+        }
+    }
+    let count = |key| hyper.count(key)?.ok_or_else(|| Error::input(format!("no {key}"), "hyper", "a number"));
+    recipe.max_wallclock_seconds = 0.0;
+    recipe.iterations = count("iterations")?;
+    recipe.warmdown_iters = count("warmdown_iters")?;
+    recipe.muon_backend_steps = count("backend_steps")?;
+    recipe.muon_momentum_warmup_steps = count("momentum_warmup_steps")?;
+    recipe.muon_momentum_warmup_start = hyper.needed("momentum_start")?;
+    recipe.muon_momentum = hyper.needed("muon_momentum")?;
+    recipe.tied_embed_lr = hyper.needed("tok_lr")?;
+    recipe.embed_lr = recipe.tied_embed_lr;
+    recipe.matrix_lr = hyper.needed("matrix_lr")?;
+    recipe.scalar_lr = hyper.needed("scalar_lr")?;
+    if !recipe.tie_embeddings {
+        recipe.head_lr = hyper.needed("head_lr")?;
+    }
+    recipe.beta1 = hyper.needed("beta1")?;
+    recipe.beta2 = hyper.needed("beta2")?;
+    recipe.adam_eps = hyper.needed("adam_eps")?;
+    recipe.grad_clip_norm = hyper.number("clip")?.unwrap_or(0.0);
+    Ok(())
+}
+
+/// Compares which optimizer has which parameter, where the entry says it. An untied head is in no list of the peers'.
+fn check_groups<P: Plain>(case: &mut Case<'_, P>, recipe: &Recipe, model: &Model<P>) -> Result<()> {
+    let groups = case.entry.section("groups")?;
+    for (key, group) in
+        [("adam_tok", Group::Embedding), ("adam_scalar", Group::Scalar), ("muon", Group::Matrix)]
+    {
+        let Some(theirs) = groups.texts(key)? else { continue };
+        let theirs: BTreeSet<&str> = theirs.into_iter().collect();
+        let ours = model.params().iter().filter(|p| group_of(recipe, p.name(), p.shape().len()) == group);
+        let ours: BTreeSet<&str> = ours.map(|param| param.name()).collect();
+        // A parameter without elements is in a list of the peers' and not in our model.
+        let exists = |name: &&&str| model.params().get(name).is_some();
+        let differ: Vec<&str> = theirs.symmetric_difference(&ours).filter(exists).copied().collect();
+        case.fact(format!("groups.{key}"), differ.len() as f64, 0.0, Some(differ.join(", ")));
+    }
+    Ok(())
+}
+
+/// Compares a value of every step with the entry's list of it.
+fn check_schedule<P: Plain>(case: &mut Case<'_, P>, key: &str, ours: &[f64]) -> Result<()> {
+    let Some(theirs) = case.entry.top().numbers(key)? else { return Ok(()) };
+    if theirs.len() != ours.len() {
+        return Err(Error::input(format!("{} values of {key}", theirs.len()), "the entry", ours.len()));
+    }
+    let error = ours.iter().zip(&theirs).fold(0.0f64, |worst, (a, b)| worst.max((a - b).abs()));
+    case.fact(key.into(), error, SCHEDULE_TOLERANCE, Some(format!("{ours:?}, expected {theirs:?}")));
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! What a run leaves for people to look at.
+
+pub mod curve;

@@ -1,0 +1,87 @@
+//! What several tests share: the devices to run on, seeded numbers, and errors measured against a reference.
+
+#![allow(dead_code)]
+
+use fairway::backend::{DeviceChoice, Precision, Target, devices, resolve};
+use half::bf16;
+
+/// Every device present in every precision that it has; a line `skipped: ...` for each backend that is missing.
+pub fn targets() -> Vec<Target> {
+    let mut targets = Vec::new();
+    let mut counts = std::collections::HashMap::new();
+    for info in devices() {
+        let index: &mut usize = counts.entry(info.backend).or_default();
+        let number = *index;
+        *index += 1;
+        if !info.usable {
+            println!("skipped: {}: {}", info.backend, info.note);
+            continue;
+        }
+        let (choice, precisions): (_, &[Precision]) = match info.backend {
+            "cpu" => (DeviceChoice::Cpu, &[Precision::F64, Precision::F32]),
+            "wgpu" => (DeviceChoice::Wgpu(Some(number)), &[Precision::F32]),
+            _ => (DeviceChoice::Cuda(Some(number)), &[Precision::F32, Precision::Bf16]),
+        };
+        targets.extend(precisions.iter().map(|p| resolve(&choice, Some(*p)).expect("a device that is there")));
+    }
+    targets
+}
+
+/// Seeded numbers (splitmix64).
+pub struct Random(pub u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [-1, 1).
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+}
+
+/// The nearest value that a precision has.
+pub fn round(value: f64, precision: Precision) -> f64 {
+    match precision {
+        Precision::F64 => value,
+        Precision::F32 => f64::from(value as f32),
+        Precision::Bf16 => bf16::from_f64(value).to_f64(),
+    }
+}
+
+/// The distance from 1 to the next larger value.
+pub fn epsilon(precision: Precision) -> f64 {
+    match precision {
+        Precision::F64 => f64::EPSILON,
+        Precision::F32 => f64::from(f32::EPSILON),
+        Precision::Bf16 => bf16::EPSILON.to_f64(),
+    }
+}
+
+/// The largest error of some values, as a share of their row's scale, and where it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Worst {
+    pub error: f64,
+    pub row: usize,
+    pub column: usize,
+    pub got: f64,
+    pub expected: f64,
+}
+
+/// The worst element of `got` against `expected`, rows of `columns`, each row's errors divided by its scale.
+pub fn worst(got: &[f64], expected: &[f64], columns: usize, scale: impl Fn(usize) -> f64) -> Worst {
+    let mut worst = Worst { error: 0.0, row: 0, column: 0, got: 0.0, expected: 0.0 };
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let (row, column) = (i / columns, i % columns);
+        let error = (got - expected).abs() / scale(row);
+        // Not `error > worst.error`: a NaN is the worst there is, and stays.
+        if !(error <= worst.error || worst.error.is_nan()) {
+            worst = Worst { error, row, column, got: *got, expected: *expected };
+        }
+    }
+    worst
+}
