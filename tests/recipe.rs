@@ -74,7 +74,7 @@ fn sizes_follow_in_closed_form() {
     let untied = Recipe { tie_embeddings: false, max_wallclock_seconds: 0.0, ..baseline };
     assert_eq!(untied.param_count(), 17_059_912 + 524_288);
     assert_eq!((untied.token_lr(), untied.wallclock_cap()), (0.6, None));
-    assert_eq!(Recipe::load("tiny").unwrap().param_count(), 494_352);
+    assert_eq!(Recipe::load("tiny").unwrap().param_count(), 494_344);
     let absurd = Recipe { model_dim: usize::MAX, num_layers: usize::MAX, num_heads: 0, ..Recipe::default() };
     assert_eq!((absurd.param_count(), absurd.head_dim()), (u64::MAX, 0));
 }

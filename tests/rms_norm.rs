@@ -79,24 +79,28 @@ impl Case {
 
     fn worst_forward(&self, y: &[f64]) -> Worst {
         let exact = self.forward();
-        let largest = |row: usize| {
-            let row = &exact[row * self.columns..][..self.columns];
-            row.iter().fold(0.0, |m: f64, y| m.max(y.abs())).max(f64::MIN_POSITIVE)
-        };
-        worst(y, &exact, self.columns, largest)
+        let scales: Vec<f64> =
+            exact.chunks(self.columns).map(|row| largest(row).max(f64::MIN_POSITIVE)).collect();
+        worst(y, &exact, self.columns, |row| scales[row])
     }
 
     fn worst_backward(&self, grad_x: &[f64]) -> Worst {
-        let r = self.inverse_rms();
-        let largest = |row: usize| {
-            let row_grads = &self.grad[row * self.columns..][..self.columns];
-            r[row] * row_grads.iter().fold(0.0, |m: f64, g| m.max(g.abs()))
-        };
-        worst(grad_x, &self.backward(), self.columns, largest)
+        let rows = self.grad.chunks(self.columns).zip(self.inverse_rms());
+        let scales: Vec<f64> = rows.map(|(grad, r)| r * largest(grad)).collect();
+        worst(grad_x, &self.backward(), self.columns, |row| scales[row])
     }
 }
 
-fn upload<B: Plain>(values: &[f64], shape: [usize; 2], device: &B::Device, precision: Precision) -> Tensor<B, 2> {
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
+}
+
+fn upload<B: Plain>(
+    values: &[f64],
+    shape: [usize; 2],
+    device: &B::Device,
+    precision: Precision,
+) -> Tensor<B, 2> {
     if precision == Precision::F64 {
         return Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F64));
     }
@@ -128,7 +132,8 @@ fn reference_errors([rows, columns]: [usize; 2], eps: f64, precision: Precision)
     // In f32, as the op's contract has it for every narrower type, and rounded at the end.
     let x = upload::<Cpu>(&case.x, shape, &device, Precision::F32);
     let grad = upload::<Cpu>(&case.grad, shape, &device, Precision::F32);
-    let rounded = |t: Tensor<Cpu, 2>| download(t).into_iter().map(|v| round(v, precision)).collect::<Vec<_>>();
+    let rounded =
+        |t: Tensor<Cpu, 2>| download(t).into_iter().map(|v| round(v, precision)).collect::<Vec<_>>();
     let y = rounded(rms_norm::forward(x.clone(), eps));
     let grad_x = rounded(rms_norm::backward(x, grad, eps));
     [case.worst_forward(&y).error, case.worst_backward(&grad_x).error].map(|e| e.max(epsilon(precision)))
@@ -158,8 +163,7 @@ impl Job for AgainstTheHost {
             let y = download(B::rms_norm(x.clone(), eps));
             poison::<B>(shape, device, precision);
             let grad_x = download(B::rms_norm_backward(x.clone(), grad.clone(), eps));
-            let passes =
-                [("forward", case.worst_forward(&y)), ("backward", case.worst_backward(&grad_x))];
+            let passes = [("forward", case.worst_forward(&y)), ("backward", case.worst_backward(&grad_x))];
             for ((pass, worst), tolerance) in passes.into_iter().zip(tolerances) {
                 let share = worst.error / tolerance;
                 let within = share <= 1.0;
@@ -179,7 +183,10 @@ impl Job for AgainstTheHost {
             assert_eq!(y.len(), shape[0] * shape[1]);
             for _ in 0..2 {
                 let again = download(B::rms_norm(x.clone(), eps));
-                assert!(again.iter().zip(&y).all(|(a, b)| a.to_bits() == b.to_bits()), "{shape:?}: y differs");
+                assert!(
+                    again.iter().zip(&y).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{shape:?}: y differs"
+                );
                 let again = download(B::rms_norm_backward(x.clone(), grad.clone(), eps));
                 assert!(
                     again.iter().zip(&grad_x).all(|(a, b)| a.to_bits() == b.to_bits()),
@@ -213,10 +220,11 @@ impl Job for ThroughAutodiff {
             let grad = upload::<B>(&case.grad, shape, device, target.precision);
             let tracked = Tensor::<Autodiff<B>, 2>::from_inner(x.clone()).require_grad();
             let y = <Autodiff<B> as rms_norm::RmsNormOps>::rms_norm(tracked.clone(), eps);
-            assert_eq!(download(y.clone().inner()), download(B::rms_norm(x.clone(), eps)));
+            assert!(download(y.clone().inner()) == download(B::rms_norm(x.clone(), eps)), "{shape:?}");
             let grads = (y * Tensor::from_inner(grad.clone())).sum().backward();
             let through = download(tracked.grad(&grads).expect("a gradient of x"));
-            assert_eq!(through, download(B::rms_norm_backward(x, grad, eps)), "{shape:?} on {}", target.label);
+            let explicit = download(B::rms_norm_backward(x, grad, eps));
+            assert!(through == explicit, "{shape:?} on {} {}", target.label, target.precision);
         }
         Ok(())
     }
@@ -247,13 +255,18 @@ impl Job for Views {
             ("transposed", x.clone().transpose()),
             ("one row expanded", x.clone().slice([1..2, 0..columns]).expand([9, columns])),
         ];
+        // Not to the bit: Burn sums a view in another order on the CPU.
+        let check = |name: &str, got: Tensor<B, 2>, expected: Tensor<B, 2>| {
+            let columns = got.dims()[1];
+            let worst = worst(&download(got), &download(expected), columns, |_| 1.0);
+            let within = worst.error <= 8.0 * epsilon(precision);
+            assert!(within, "{name} on {} {precision}: {worst:?}", target.label);
+        };
         for (name, view) in views {
-            let expected = download(B::rms_norm(dense(view.clone()), eps));
-            assert_eq!(download(B::rms_norm(view.clone(), eps)), expected, "{name} on {}", target.label);
+            check(name, B::rms_norm(view.clone(), eps), B::rms_norm(dense(view.clone()), eps));
             let grad = view.clone().mul_scalar(0.5);
-            let expected = download(B::rms_norm_backward(dense(view.clone()), dense(grad.clone()), eps));
-            let got = download(B::rms_norm_backward(view, grad, eps));
-            assert_eq!(got, expected, "{name} on {}", target.label);
+            let expected = B::rms_norm_backward(dense(view.clone()), dense(grad.clone()), eps);
+            check(name, B::rms_norm_backward(view, grad, eps), expected);
         }
         let none = B::rms_norm(Tensor::<B, 2>::zeros([0, 8], (device, precision.dtype())), eps);
         assert_eq!(none.dims(), [0, 8]);

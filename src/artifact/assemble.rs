@@ -5,7 +5,7 @@ use crate::data::byte_table::ByteTable;
 use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
-use crate::quant::{Scheme, quantize};
+use crate::quant::{QuantTensor, Scheme, quantize};
 use crate::recipe::Recipe;
 
 /// Everything that scoring and sampling need of a model, in host memory.
@@ -55,6 +55,16 @@ impl Artifact {
     pub fn contents(&self, place: &str) -> Result<Contents> {
         let recipe = Recipe::from_toml(&self.recipe_toml, place.as_ref())?;
         recipe.validate()?;
+        // Before any weight is dequantised: no more memory is taken than the recipe asks for.
+        let elements = |tensor: &QuantTensor| tensor.shape.iter().map(|size| *size as u128).product::<u128>();
+        let params: u128 = self.tensors.iter().map(elements).sum();
+        if params != u128::from(recipe.param_count()) {
+            return Err(Error::input(
+                format!("tensors of {params} elements"),
+                place,
+                format!("the {} parameters of its recipe", recipe.param_count()),
+            ));
+        }
         let tokenizer = if self.tokenizer_kind == "byte" {
             Tokenizer::byte()
         } else {

@@ -12,8 +12,12 @@ impl AttentionOps for Cpu {
     // 8 MB of f32 scores: a block stays near the caches.
     const SCORE_ELEMENTS: usize = 1 << 21;
 }
-impl CrossEntropyOps for Cpu {}
-impl EmbeddingOps for Cpu {}
+impl CrossEntropyOps for Cpu {
+    const LOGIT_ELEMENTS: usize = 1 << 21;
+}
+impl EmbeddingOps for Cpu {
+    const ONE_HOT_ELEMENTS: usize = 1 << 21;
+}
 impl LinearOps for Cpu {}
 impl MatmulOps for Cpu {}
 impl ResidualOps for Cpu {}

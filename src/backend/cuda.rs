@@ -1,8 +1,9 @@
 //! NVIDIA GPUs: kernels from `cuda/`, the references in Burn's ops for the rest. Activations bf16 or f32.
 
 use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::matmul::{matmul, mixed_product};
 use super::source::Source;
-use super::tensor::{dense, empty, load_width, primitive, tensor};
+use super::tensor::{dense, empty, load_width, tensor};
 use super::{guard, kernel_cache, probe_cuda};
 use crate::error::Result;
 use crate::ops::*;
@@ -11,9 +12,6 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::Runtime;
 use cubecl::client::ComputeClient;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
-use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
-use cubek::matmul::launch::{Strategy, launch_ref};
-use cubek::std::InputBinding;
 
 /// The client of the CUDA device of that number; panics (on cubecl's thread) without a working driver.
 pub(super) fn client(index: usize) -> ComputeClient<CudaRuntime> {
@@ -42,42 +40,14 @@ impl ResidualOps for Cuda {}
 impl RopeOps for Cuda {}
 
 impl MatmulOps for Cuda {
-    /// bf16 on the tensor cores, f32 without them: for f32 they would round the inputs to TF32's 10 bits.
     fn matmul_as<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, out: DType) -> Tensor<Self, D> {
-        let (mut shape, other) = (a.dims(), b.dims());
-        assert_eq!(a.dtype(), b.dtype(), "the factors of a product have one type");
-        assert!(shape[D - 1] == other[D - 2], "a product of {shape:?} and {other:?}");
-        shape[D - 1] = other[D - 1];
-        for (size, other) in shape.iter_mut().zip(other).take(D - 2) {
-            *size = (*size).max(other);
-        }
-        let (a, b) = (primitive(a), primitive(b));
-        let c = empty(&a, shape, out);
-        let fast = if a.dtype == DType::F32 {
-            Strategy::SimpleUnit(Default::default())
-        } else {
-            Strategy::SimpleCyclicCmma(Default::default())
-        };
-        // Each takes more shapes than the one before; the last takes all.
-        let strategies = [fast, Strategy::SimpleUnit(Default::default()), Strategy::Naive];
-        let errors: Vec<_> = strategies.iter().map_while(|strategy| product(strategy, &a, &b, &c).err()).collect();
-        assert!(errors.len() < strategies.len(), "no kernel for a product to {shape:?}: {errors:?}");
-        tensor(c)
+        matmul(a, b, out, product)
     }
 }
 
-/// `c = a b` by the given strategy, accumulated in f32.
-fn product(
-    strategy: &Strategy,
-    a: &CubeTensor<CudaRuntime>,
-    b: &CubeTensor<CudaRuntime>,
-    c: &CubeTensor<CudaRuntime>,
-) -> std::result::Result<(), String> {
-    let (input, output) = (a.dtype.into(), c.dtype.into());
-    let mut types = MatmulElems::from_globals(&MatmulGlobalElems { lhs: input, rhs: input, out: output });
-    let lhs = InputBinding::new(a.clone().binding(), input);
-    let rhs = InputBinding::new(b.clone().binding(), input);
-    launch_ref(strategy, &c.client, lhs, rhs, c.clone().binding(), &mut types).map_err(|e| format!("{e:?}"))
+/// bf16 on the tensor cores, f32 without them.
+fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
+    mixed_product(a, b, c);
 }
 
 impl RmsNormOps for Cuda {
@@ -207,7 +177,10 @@ mod tests {
         ] {
             let Spread { width, lanes, chunks } = Spread::new(columns, 16 / size);
             let form = format!("-DELEMENT={element} -DWIDTH={width} -DLANES={lanes} -DCHUNKS={chunks}");
-            assert!(variants.contains(&form.as_str()), "{form} of {columns} columns is not among {variants:?}");
+            assert!(
+                variants.contains(&form.as_str()),
+                "{form} of {columns} columns is not among {variants:?}"
+            );
         }
         for element in ["__nv_bfloat16", "float"] {
             let Spread { lanes, chunks, .. } = Spread::new(16_383, 1);

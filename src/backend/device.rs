@@ -41,9 +41,11 @@ impl FromStr for DeviceChoice {
             ("cpu", Ok(None)) => Ok(Self::Cpu),
             ("wgpu", Ok(index)) => Ok(Self::Wgpu(index)),
             ("cuda", Ok(index)) => Ok(Self::Cuda(index)),
-            _ => {
-                Err(Error::input(format!("unknown device `{text}`"), "--device", "auto, cpu, wgpu[:N] or cuda[:N]"))
-            }
+            _ => Err(Error::input(
+                format!("unknown device `{text}`"),
+                "--device",
+                "auto, cpu, wgpu[:N] or cuda[:N]",
+            )),
         }
     }
 }
@@ -253,7 +255,10 @@ impl Inventory<'_> {
         };
         match index {
             Some(index) => device(index),
-            None => (0..devices.len()).map(device).reduce(|best, next| best.or(next)).unwrap_or(Err("there is none".into())),
+            None => (0..devices.len())
+                .map(device)
+                .reduce(|best, next| best.or(next))
+                .unwrap_or(Err("there is none".into())),
         }
     }
 
@@ -286,7 +291,9 @@ impl Inventory<'_> {
             here.push(format!("wgpu:{index} ({})", adapter.name));
         }
         let devices = (self.cuda)().unwrap_or_default().iter().enumerate();
-        here.extend(devices.filter(|(_, d)| d.missing().is_none()).map(|(i, d)| format!("cuda:{i} ({})", d.name)));
+        here.extend(
+            devices.filter(|(_, d)| d.missing().is_none()).map(|(i, d)| format!("cuda:{i} ({})", d.name)),
+        );
         Error::input(
             format!("no device {choice} ({reason})"),
             "--device",
@@ -302,7 +309,9 @@ fn cpu(precision: Option<Precision>, why: String) -> Result<Target> {
 /// A target on a device that is there, if it has the precision.
 fn on(choice: DeviceChoice, name: String, precision: Option<Precision>, why: String) -> Result<Target> {
     let (known, expected): (&[Precision], _) = match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => (&[Precision::F32, Precision::F64], "f32 or f64 on the CPU"),
+        DeviceChoice::Auto | DeviceChoice::Cpu => {
+            (&[Precision::F32, Precision::F64], "f32 or f64 on the CPU")
+        }
         DeviceChoice::Wgpu(_) => (&[Precision::F32], "f32 on wgpu"),
         DeviceChoice::Cuda(_) => (&[Precision::Bf16, Precision::F32], "bf16 or f32 on CUDA"),
     };
@@ -339,7 +348,12 @@ mod tests {
     use super::*;
 
     fn gpu(name: &str, major: u32) -> CudaProbe {
-        CudaProbe { name: name.into(), memory_bytes: Some(1), capability: (major, 0), driver: "CUDA 13.0".into() }
+        CudaProbe {
+            name: name.into(),
+            memory_bytes: Some(1),
+            capability: (major, 0),
+            driver: "CUDA 13.0".into(),
+        }
     }
 
     fn adapter(name: &str, rank: usize) -> WgpuProbe {
@@ -368,7 +382,8 @@ mod tests {
     #[test]
     fn auto_takes_cuda_then_hardware_then_the_cpu() {
         let (h100, lavapipe, radeon) = (gpu("H100", 9), adapter("llvmpipe", 4), adapter("Radeon", 0));
-        let target = choose("auto", None, std::slice::from_ref(&h100), std::slice::from_ref(&radeon)).unwrap();
+        let target =
+            choose("auto", None, std::slice::from_ref(&h100), std::slice::from_ref(&radeon)).unwrap();
         assert_eq!((target.choice, target.precision), (DeviceChoice::Cuda(Some(0)), Precision::Bf16));
         assert_eq!(target.label, "cuda:0 H100");
         let target = choose("auto", None, &[], &[lavapipe.clone(), adapter("Iris", 1), radeon]).unwrap();
@@ -408,7 +423,9 @@ mod tests {
         let error = choose("wgpu", None, &[], &[]).unwrap_err().to_string();
         assert_eq!(error, "no device wgpu (none was found), --device, expected one that is here: cpu");
         let unusable = WgpuProbe { missing: Some("no compute shaders".into()), ..adapter("old", 0) };
-        assert!(choose("wgpu", None, &[], &[unusable]).unwrap_err().to_string().contains("no compute shaders"));
+        assert!(
+            choose("wgpu", None, &[], &[unusable]).unwrap_err().to_string().contains("no compute shaders")
+        );
     }
 
     #[test]

@@ -11,25 +11,32 @@ use burn_cubecl::CubeRuntime;
 use cubecl::client::ComputeClient;
 use cubecl::stream_id::StreamId;
 use std::any::Any;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind, resume_unwind, set_hook, take_hook};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 /// What [`is_out_of_memory`] recognises an error by.
 const OUT_OF_MEMORY: &str = "out of device memory";
 
-/// Failures of device threads, by the stream (the calling thread) whose work they were.
-static FAILURES: Mutex<Vec<(StreamId, String)>> = Mutex::new(Vec::new());
+/// Failures of device threads.
+static FAILURES: Mutex<Vec<Failure>> = Mutex::new(Vec::new());
 
-/// Guards that are open, in all threads.
-static OPEN: AtomicUsize = AtomicUsize::new(0);
+/// The streams of the guards that are open, one entry a guard. (cubecl gives each calling thread a stream.)
+static OPEN: Mutex<Vec<StreamId>> = Mutex::new(Vec::new());
 
 thread_local! {
-    /// Guards that are open in this thread.
-    static DEPTH: Cell<usize> = const { Cell::new(0) };
-    /// The last panic of this thread that came out of the device libraries.
+    /// The last panic of this thread, within a guard, that came out of the device libraries.
     static SILENCED: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+struct Failure {
+    /// The guarded stream whose work failed; `None` for a device that did not start.
+    stream: Option<StreamId>,
+    message: String,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs `f`, which computes on `target`, and turns what fails on the device into one-line errors.
@@ -59,33 +66,33 @@ pub(super) fn catch<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> 
     let open = Open::new();
     let outcome = catch_unwind(AssertUnwindSafe(f));
     drop(open);
-    let failure = take_failure(StreamId::current());
     let silenced = SILENCED.take();
-    match (outcome, failure) {
-        (Ok(value), None) => Ok(value),
-        (_, Some(failure)) => Err(failure),
-        (Err(panic), None) => match silenced {
-            Some(message) => Err(message),
-            None => resume_unwind(panic),
-        },
+    if let Some(failure) = take_failure(Some(StreamId::current())) {
+        return Err(failure);
     }
+    outcome.or_else(|panic| match silenced {
+        Some(message) => Err(take_failure(None).unwrap_or(message)),
+        None => resume_unwind(panic),
+    })
 }
 
 /// An open guard; it closes when dropped.
-struct Open;
+struct Open(StreamId);
 
 impl Open {
     fn new() -> Self {
-        OPEN.fetch_add(1, Ordering::SeqCst);
-        DEPTH.set(DEPTH.get() + 1);
-        Self
+        let stream = StreamId::current();
+        lock(&OPEN).push(stream);
+        Self(stream)
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        OPEN.fetch_sub(1, Ordering::SeqCst);
-        DEPTH.set(DEPTH.get() - 1);
+        let mut open = lock(&OPEN);
+        if let Some(place) = open.iter().position(|stream| *stream == self.0) {
+            open.swap_remove(place);
+        }
     }
 }
 
@@ -102,23 +109,27 @@ fn install_hook() {
     });
 }
 
-/// Whether the panic is a device's, and noted.
+/// Whether the panic is a device's within a guard, and noted.
 fn collect(info: &PanicHookInfo) -> bool {
+    let stream = StreamId::current();
+    let (any, ours) = {
+        let open = lock(&OPEN);
+        (!open.is_empty(), open.contains(&stream))
+    };
     let message = || message_of(info.payload());
-    // The names that cubecl gives its device threads; each runs a task under its caller's stream.
-    if OPEN.load(Ordering::SeqCst) > 0 && std::thread::current().name().is_some_and(is_device_thread) {
-        let failure = (StreamId::current(), message());
-        FAILURES.lock().unwrap_or_else(PoisonError::into_inner).push(failure);
+    // A device thread runs each task under its caller's stream.
+    if any && std::thread::current().name().is_some_and(is_device_thread) {
+        lock(&FAILURES).push(Failure { stream: ours.then_some(stream), message: message() });
         return true;
     }
-    let from_library = info.location().is_some_and(|location| is_device_library(location.file()));
-    if DEPTH.get() > 0 && from_library {
+    let silenced = ours && info.location().is_some_and(|location| is_device_library(location.file()));
+    if silenced {
         SILENCED.set(Some(message()));
-        return true;
     }
-    false
+    silenced
 }
 
+/// The names that cubecl gives its device threads.
 fn is_device_thread(name: &str) -> bool {
     name.starts_with("DSD-") || name.starts_with("DSU-")
 }
@@ -139,13 +150,14 @@ fn message_of(payload: &(dyn Any + Send)) -> String {
 }
 
 /// Takes a stream's failures: the one that tells most, if there is any.
-fn take_failure(stream: StreamId) -> Option<String> {
-    let mut failures = FAILURES.lock().unwrap_or_else(PoisonError::into_inner);
-    let (ours, others): (Vec<_>, Vec<_>) = failures.drain(..).partition(|(of, _)| *of == stream);
+fn take_failure(stream: Option<StreamId>) -> Option<String> {
+    let mut failures = lock(&FAILURES);
+    let (ours, others): (Vec<_>, Vec<_>) = failures.drain(..).partition(|failure| failure.stream == stream);
     *failures = others;
-    let mut ours = ours.into_iter().map(|(_, message)| message);
-    let first = ours.next()?;
-    if is_memory_message(&first) { Some(first) } else { ours.find(|m| is_memory_message(m)).or(Some(first)) }
+    // The first is the cause of those after it, but memory that ran out is the cause of all.
+    let mut messages: Vec<String> = ours.into_iter().map(|failure| failure.message).collect();
+    let place = messages.iter().position(|message| is_memory_message(message)).unwrap_or(0);
+    (!messages.is_empty()).then(|| messages.swap_remove(place))
 }
 
 /// Hands the queued work to the device and reports what has failed so far.
@@ -184,9 +196,16 @@ pub fn is_out_of_memory(error: &Error) -> bool {
 
 fn is_memory_message(message: &str) -> bool {
     let message = message.to_ascii_lowercase();
-    ["can't allocate buffer", "out of memory", "out_of_memory", "outofmemory", "out-of-memory", "not enough memory"]
-        .iter()
-        .any(|text| message.contains(text))
+    [
+        "can't allocate buffer",
+        "out of memory",
+        "out_of_memory",
+        "outofmemory",
+        "out-of-memory",
+        "not enough memory",
+    ]
+    .iter()
+    .any(|text| message.contains(text))
 }
 
 /// What a library's message says, without its backtrace and the source of the kernel, at most 400 characters.
@@ -265,6 +284,24 @@ mod tests {
         assert!(is_device_library(r"C:\x\burn-tensor-0.21.0\src\a.rs"));
         assert!(!is_device_library("src/model/block.rs"));
         assert!(!is_device_library("/home/burner/fairway/src/wgpu.rs"));
+    }
+
+    #[test]
+    fn what_fails_on_a_device_thread_is_collected_by_the_guard_that_it_worked_for() {
+        let on_device = |name: &str, stream: StreamId, message: &'static str| {
+            let thread = std::thread::Builder::new().name(name.into());
+            let _ = thread.spawn(move || stream.executes(|| panic!("{message}"))).unwrap().join();
+        };
+        let ours = StreamId::current();
+        let failed = catch(|| {
+            on_device("DSD-0-0", ours, "first");
+            on_device("DSD-0-0", ours, "out of memory");
+            on_device("DSD-0-0", ours, "last");
+        });
+        assert_eq!(failed, Err("out of memory".to_string()));
+        // Another thread's guard does not hear of it, and nothing is left over.
+        let failed = catch(|| std::thread::spawn(|| catch(|| 1)).join().unwrap());
+        assert_eq!(failed, Ok(Ok(1)));
     }
 
     #[test]

@@ -160,7 +160,10 @@ impl TensorMap<'_> {
         let [rows, columns] = self.shape;
         let row_bytes = columns * self.tensor.elem_size();
         assert_eq!(rows * columns, self.tensor.meta.num_elements(), "a tensor map over all of its tensor");
-        assert!(row_bytes.is_multiple_of(16), "a tensor map's rows of {row_bytes} bytes, expected a multiple of 16");
+        assert!(
+            row_bytes.is_multiple_of(16),
+            "a tensor map's rows of {row_bytes} bytes, expected a multiple of 16"
+        );
         let meta = TensorMapMeta {
             format: TensorMapFormat::Tiled(TiledArgs { tile_size: self.tile.into() }),
             metadata: Metadata::new([rows, columns], [columns, 1]),

@@ -67,12 +67,8 @@ impl KernelMetadata for Task {
 
     fn id(&self) -> KernelId {
         let WgslKernel { source, entry, constants, .. } = &self.0;
-        let identity = Identity {
-            file: source.name(),
-            entry,
-            hash: source.hash(),
-            constants: constants.clone(),
-        };
+        let identity =
+            Identity { file: source.name(), entry, hash: source.hash(), constants: constants.clone() };
         KernelId::new::<Self>().cube_dim(self.block()).info(identity)
     }
 
@@ -113,9 +109,8 @@ pub fn launch(kernel: WgslKernel, workgroups: u64, buffers: &[&CubeTensor<WgpuRu
     let mut words = scalars.to_vec();
     words.resize(words.len().next_multiple_of(4), 0);
     let words = words.chunks_exact(2).map(|pair| u64::from(pair[1]) << 32 | u64::from(pair[0]));
-    let arguments = KernelArguments::new()
-        .with_buffers(bindings)
-        .with_info(MetadataBindingInfo::custom(words.collect()));
+    let arguments =
+        KernelArguments::new().with_buffers(bindings).with_info(MetadataBindingInfo::custom(words.collect()));
     let [x, y] = grid(workgroups);
     first.client.launch(Box::new(Task(kernel)), CubeCount::Static(x, y, 1), arguments);
 }

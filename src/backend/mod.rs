@@ -11,6 +11,7 @@ pub mod tensor;
 pub mod wgpu;
 
 mod kernel_cache;
+mod matmul;
 mod probe_cpu;
 mod probe_cuda;
 mod probe_wgpu;

@@ -28,6 +28,8 @@ impl CudaProbe {
 /// The machine's CUDA devices in the driver's order, or why there are none.
 pub(super) fn devices() -> Result<&'static [CudaProbe], &'static str> {
     static DEVICES: OnceLock<Result<Vec<CudaProbe>, String>> = OnceLock::new();
+    // cudarc panics where a library lacks a function that it should have.
+    let probe = || super::guard::catch(probe).and_then(|devices| devices);
     DEVICES.get_or_init(probe).as_deref().map_err(String::as_str)
 }
 
@@ -49,7 +51,9 @@ fn probe() -> Result<Vec<CudaProbe>, String> {
     if !headers.as_ref().is_some_and(|path| path.join("cuda_fp16.h").is_file()) {
         return Err("CUDA's headers are not there (set CUDA_PATH to the CUDA installation)".into());
     }
-    (0..count).map(|index| device(index).map_err(|e| format!("CUDA device {index} fails ({})", code(e)))).collect()
+    (0..count)
+        .map(|index| device(index).map_err(|e| format!("CUDA device {index} fails ({})", code(e))))
+        .collect()
 }
 
 fn device(index: i32) -> Result<CudaProbe, result::DriverError> {
@@ -63,7 +67,8 @@ fn device(index: i32) -> Result<CudaProbe, result::DriverError> {
     let mut version = 0;
     // SAFETY: the driver writes one integer.
     let known = unsafe { sys::cuDriverGetVersion(&mut version) }.result().is_ok();
-    let driver = if known { format!("CUDA {}.{}", version / 1000, version % 1000 / 10) } else { "CUDA".into() };
+    let driver =
+        if known { format!("CUDA {}.{}", version / 1000, version % 1000 / 10) } else { "CUDA".into() };
     Ok(CudaProbe {
         name: result::device::get_name(device)?,
         memory_bytes: memory.ok().map(|bytes| bytes as u64),

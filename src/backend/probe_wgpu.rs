@@ -28,7 +28,8 @@ pub(super) struct WgpuProbe {
 fn adapters() -> (Instance, Vec<Adapter>) {
     silence_device_select();
     let backends = AutoGraphicsApi::backend().into();
-    let descriptor = wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() };
+    let descriptor =
+        wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() };
     let instance = Instance::new(descriptor);
     let adapters = pollster::block_on(instance.enumerate_adapters(backends));
     (instance, adapters)

@@ -1,6 +1,7 @@
 //! Any wgpu adapter (Vulkan, Metal), in f32: kernels from `wgsl/`, the references in Burn's ops for the rest.
 
 use super::launch_wgsl::{WgslKernel, launch};
+use super::matmul::matmul;
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
 use super::{kernel_cache, probe_wgpu};
@@ -36,10 +37,19 @@ impl AttentionOps for Wgpu {
 impl CrossEntropyOps for Wgpu {}
 impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
-// Burn's f32 product here is f32 throughout: its WGSL compiler has no matrix units to reach for.
-impl MatmulOps for Wgpu {}
 impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
+
+impl MatmulOps for Wgpu {
+    fn matmul_as<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, out: DType) -> Tensor<Self, D> {
+        matmul(a, b, out, product)
+    }
+}
+
+/// f32 throughout.
+fn product(a: &CubeTensor<WgpuRuntime>, b: &CubeTensor<WgpuRuntime>, c: &CubeTensor<WgpuRuntime>) {
+    super::matmul::product(a, b, c);
+}
 
 impl RmsNormOps for Wgpu {
     fn rms_norm(x: Tensor<Self, 2>, eps: f64) -> Tensor<Self, 2> {

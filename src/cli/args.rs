@@ -20,7 +20,7 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    /// The device asked for; says on stderr which one `auto` took and why, unless `quiet`.
+    /// The device asked for, at `default`'s precision unless the user named one.
     pub fn resolve(&self, default: impl Fn(&Target) -> Precision) -> Result<Target> {
         let choice: DeviceChoice = self.device.parse()?;
         let precision: Option<Precision> = self.precision.as_deref().map(str::parse).transpose()?;

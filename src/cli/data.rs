@@ -23,6 +23,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Action {
     /// Build the demo corpus from the documentation of the pinned crates
+    #[command(after_help = "Example: fairway data demo --out data/demo")]
     Demo {
         /// Folder for the shards [default: the cache folder]
         #[arg(long, value_name = "DIR")]
@@ -38,6 +39,9 @@ enum Action {
         json: bool,
     },
     /// Pack JSONL (a `text` field; .gz too) or plain text (a document a file) into shards
+    #[command(
+        after_help = "Example: fairway data pack docs.jsonl --tokenizer byte --out data/mine --val-docs 100"
+    )]
     Pack {
         /// The texts, in order
         #[arg(required = true, value_name = "FILE")]
@@ -59,6 +63,7 @@ enum Action {
         json: bool,
     },
     /// Fetch the challenge's shards and tokenizer from its hub repository; resumes, checks every file
+    #[command(after_help = "Example: fairway data fetch --variant sp1024 --train-shards 10 --out data")]
     Fetch {
         /// Which dataset: sp1024, byte260, ...
         #[arg(long, value_name = "NAME", default_value = "sp1024")]
@@ -83,6 +88,7 @@ enum Action {
         json: bool,
     },
     /// Check shards: format, ids, record, and against the texts that they were packed from
+    #[command(after_help = "Example: fairway data verify data/mine --text docs.jsonl --tokenizer byte")]
     Verify {
         /// Folder of shards, or one shard
         data: PathBuf,
@@ -119,7 +125,8 @@ pub fn run(args: Args) -> Result<()> {
             output::line(format!("{} files fetched, {} kept", report.downloaded, report.kept));
             summary(report.docs, report.tokens, None, &report.sha256);
             output::line(format!("--data {}", report.dataset.display()));
-            let models = report.tokenizer_files.iter().filter(|f| f.extension().is_some_and(|e| e == "model"));
+            let models =
+                report.tokenizer_files.iter().filter(|f| f.extension().is_some_and(|e| e == "model"));
             models.for_each(|model| output::line(format!("--tokenizer {}", model.display())));
             Ok(())
         }

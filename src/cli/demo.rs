@@ -1,7 +1,8 @@
 //! `fairway demo`: the main job on real text with nothing else given.
 
 use super::args::{self, DeviceArgs};
-use super::{eval, export, output, progress::TrainBar, sample, source};
+use super::source::Source;
+use super::{eval, export, output, progress::TrainBar, sample};
 use crate::artifact::Codec;
 use crate::data::folder::{DataFolder, Split};
 use crate::data::shard::Shard;
@@ -38,11 +39,10 @@ pub fn run(args: Args) -> Result<()> {
     let target = args.device.target()?;
     let data = args::demo_data()?;
     let mut recipe = Recipe::load("tiny")?;
-    // By the clock instead of by steps: the warm-down takes the last third.
+    // By the clock instead of by steps; a few validations on the way, for the curve.
     recipe.max_wallclock_seconds = args.minutes * 60.0;
-    recipe.warmdown_iters = recipe.warmdown_iters.max(1);
     recipe.iterations = 1_000_000;
-    recipe.val_loss_every = 0;
+    recipe.val_loss_every = 250;
     let bar = TrainBar::new();
     let options = Options {
         recipe: recipe.clone(),
@@ -54,6 +54,7 @@ pub fn run(args: Args) -> Result<()> {
         micro_batch: None,
         save_every: 0,
         echo: bar.echo(false),
+        warn: bar.warn(),
     };
     let trained = train::train(options, &target, &mut |status| bar.show(status));
     bar.finish();
@@ -61,17 +62,18 @@ pub fn run(args: Args) -> Result<()> {
 
     let file = args.out.join("model.fairway");
     let budget = export::pack(&args.out, &file, Scheme::Int8, Codec::Brotli)?.budget;
-    let contents = source::load(&file)?;
+    let source = Source::load(&file)?;
     let folder = DataFolder::open(&data)?;
     let val = folder.val(recipe.train_seq_len, recipe.vocab_size)?;
-    let score = eval::score(&contents, file.clone(), &val, recipe.val_batch_tokens(), &target)?;
+    let score = eval::score(&source, &val, recipe.val_batch_tokens(), &target)?;
     let first = folder.shards(Split::Train).first().map(|path| Shard::open(path)).transpose()?;
     let train_tokens = first.as_ref().map_or(&[][..], |shard| shard.tokens());
-    let unigram = unigram_bpb(train_tokens, val.tokens(), &contents.byte_table);
+    let unigram = unigram_bpb(train_tokens, val.tokens(), &source.contents.byte_table);
 
     output::line(format!("\nsample after {PROMPT:?}:"));
-    let options = SampleOptions { tokens: 200, temperature: 0.7, seed: recipe.seed, context: recipe.train_seq_len };
-    let sampled = sample::continue_text(&contents, file.clone(), PROMPT, options, &target, true)?;
+    let options =
+        SampleOptions { tokens: 200, temperature: 0.7, seed: recipe.seed, context: recipe.train_seq_len };
+    let sampled = sample::continue_text(&source, PROMPT, options, &target, true)?;
     output::line("\n");
     let row = |what: &str, value: String| vec![what.to_string(), value];
     output::table(

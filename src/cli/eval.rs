@@ -1,15 +1,16 @@
 //! `fairway eval`.
 
 use super::args::{self, DeviceArgs};
-use super::{output, progress, source};
+use super::source::Source;
+use super::{output, progress};
 use crate::artifact::assemble::Contents;
-use crate::backend::{self, Job, Target};
+use crate::backend::Target;
 use crate::data::folder::DataFolder;
 use crate::data::stream::ValTokens;
 use crate::error::{Error, Result};
-use crate::eval::full::{self, Score};
-use crate::ops::Plain;
-use crate::train::guards;
+use crate::eval::full::Score;
+use crate::eval::text;
+use crate::train::{guards, log::lines};
 use std::path::PathBuf;
 
 /// Score an artifact or a run with the challenge's exact bits per byte
@@ -39,19 +40,20 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::input(format!("mode {}", args.mode), "--mode", "full"));
     }
     let target = args.device.target()?;
-    let contents = source::load(&args.model)?;
+    let source = Source::load(&args.model)?;
+    let contents = &source.contents;
     let data = match args.data {
         Some(data) => data,
         None => args::demo_data()?,
     };
     let folder = DataFolder::open(&data)?;
-    check_tokenizer(&contents, &folder)?;
+    check_tokenizer(contents, &folder)?;
     let val = folder.val(contents.recipe.train_seq_len, contents.recipe.vocab_size)?;
     if !args.json {
         DeviceArgs::announce(&target);
     }
     let batch = args.micro_batch.unwrap_or_else(|| contents.recipe.val_batch_tokens());
-    let score = score(&contents, args.model, &val, batch, &target)?;
+    let score = score(&source, &val, batch, &target)?;
     if args.json {
         return output::json(&serde_json::json!({
             "val_loss": score.val_loss,
@@ -65,6 +67,10 @@ pub fn run(args: Args) -> Result<()> {
         "val_loss:{:.8} val_bpb:{:.8} tokens:{} bytes:{} seconds:{:.1}",
         score.val_loss, score.val_bpb, score.tokens, score.bytes, score.seconds
     ));
+    if let Some((quant, codec)) = &source.packing {
+        let (loss, bpb, ms) = (score.val_loss, score.val_bpb, score.seconds * 1000.0);
+        lines::roundtrip(quant, codec, loss, bpb, ms).iter().for_each(output::line);
+    }
     Ok(())
 }
 
@@ -82,36 +88,15 @@ fn check_tokenizer(contents: &Contents, folder: &DataFolder) -> Result<()> {
     ))
 }
 
-/// Scores `contents` on the target, with a progress bar.
-pub fn score(
-    contents: &Contents,
-    place: PathBuf,
-    val: &ValTokens,
-    batch_tokens: usize,
-    target: &Target,
-) -> Result<Score> {
-    backend::run(target, ScoreJob { contents, place, val, batch_tokens })
-}
-
-struct ScoreJob<'a> {
-    contents: &'a Contents,
-    place: PathBuf,
-    val: &'a ValTokens,
-    batch_tokens: usize,
-}
-
-impl Job for ScoreJob<'_> {
-    type Output = Score;
-
-    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<Score> {
-        let model = source::model::<P>(self.contents, &self.place, device, target.precision.dtype())?;
-        let bar = progress::bar("eval", self.val.sequences() as u64);
-        let mut show = |done, _| {
-            bar.set_position(done as u64);
-            guards::check_interrupt("the score is not complete")
-        };
-        let scored = full::score(&model, self.val, &self.contents.byte_table, self.batch_tokens, &mut show);
-        bar.finish_and_clear();
-        scored
-    }
+/// Scores a model on the target, with a progress bar.
+pub fn score(source: &Source, val: &ValTokens, batch_tokens: usize, target: &Target) -> Result<Score> {
+    let bar = progress::bar("eval", val.sequences() as u64);
+    let mut show = |done, _| {
+        bar.set_position(done as u64);
+        guards::check_interrupt("the score is not complete")
+    };
+    let scored =
+        text::score(source.weights(), val, &source.contents.byte_table, batch_tokens, target, &mut show);
+    bar.finish_and_clear();
+    scored
 }

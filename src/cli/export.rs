@@ -1,9 +1,11 @@
 //! `fairway export`.
 
-use super::{output, source};
+use super::output;
+use super::source::Source;
 use crate::artifact::{Artifact, Budget, Codec};
 use crate::error::{Error, Result};
 use crate::quant::Scheme;
+use crate::train::log::lines;
 use std::path::{Path, PathBuf};
 
 /// Quantise and pack a run into one self-contained artifact
@@ -12,7 +14,7 @@ use std::path::{Path, PathBuf};
 pub struct Args {
     /// The run's folder
     run: PathBuf,
-    /// Quantisation: int8
+    /// Quantisation: fp16, int8
     #[arg(long, value_name = "SCHEME", default_value = "int8")]
     quant: String,
     /// Compression: brotli, lzma, zstd, zlib
@@ -35,7 +37,11 @@ pub struct Report {
     params: usize,
     quant: String,
     codec: String,
+    #[serde(serialize_with = "output::path")]
     out: PathBuf,
+    /// The challenge's lines about it.
+    #[serde(skip)]
+    log: Vec<String>,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -46,7 +52,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.json {
         return output::json(&report);
     }
-    let Report { budget, params, .. } = report;
+    let Report { budget, params, log, .. } = report;
     let row = |name: &str, bytes: u64| vec![name.to_string(), bytes.to_string()];
     output::table(
         &["what", "bytes"],
@@ -58,6 +64,7 @@ pub fn run(args: Args) -> Result<()> {
             row("total (artifact + packed source)", budget.bytes_total),
         ],
     );
+    log.iter().for_each(output::line);
     let verdict = if budget.under_cap { "under" } else { "OVER" };
     output::line(format!("{verdict} the cap of 16000000 bytes; {params} parameters; {}", out.display()));
     Ok(())
@@ -68,14 +75,21 @@ pub fn pack(run: &Path, out: &Path, scheme: Scheme, codec: Codec) -> Result<Repo
     if !run.is_dir() {
         return Err(Error::input("not a run", run.display(), "the folder of a run"));
     }
-    let contents = source::load(run)?;
+    let contents = Source::load(run)?.contents;
     let artifact = Artifact::assemble(&contents.recipe, &contents.tokenizer, &contents.params, scheme)?;
     let sizes = artifact.write(out, codec)?;
+    let budget = Budget::of(&sizes)?;
+    let (quant, codec) = (scheme.to_string(), codec.to_string());
+    let float_payload = artifact.stats().baseline_tensor_bytes as u64;
+    let raw = sizes.sections.iter().map(|(_, _, raw)| raw).sum();
+    let payload = [float_payload, sizes.payload_bytes, raw];
+    let log = lines::serialized_quantised(&quant, &codec, sizes.bytes, payload, budget.bytes_code);
     Ok(Report {
-        budget: Budget::of(&sizes)?,
+        budget,
         params: contents.params.iter().map(|tensor| tensor.numel()).sum(),
-        quant: scheme.to_string(),
-        codec: codec.to_string(),
+        quant,
+        codec,
         out: out.to_path_buf(),
+        log: log.into(),
     })
 }

@@ -2,11 +2,11 @@
 
 use super::{output, source};
 use crate::artifact::Artifact;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::recipe::Recipe;
-use crate::train::run::TrainedRun;
-use std::fs;
-use std::path::{Path, PathBuf};
+use crate::train::run::RunInspection;
+use crate::train::tensors_file::Entry;
+use std::path::Path;
 
 /// Show what a recipe, a run or an artifact is; opens no GPU
 #[derive(clap::Args)]
@@ -42,7 +42,7 @@ pub fn run(args: Args) -> Result<()> {
     } else if path.is_dir() {
         of_run(path)?
     } else {
-        let recipe = Recipe::load(&args.what)?;
+        let recipe = load_recipe(&args.what, path)?;
         recipe.validate()?;
         let rows = crate::model::layout(&recipe).into_iter().map(|spec| {
             let bytes = 4 * spec.shape.iter().product::<usize>();
@@ -59,7 +59,9 @@ pub fn run(args: Args) -> Result<()> {
             "bytes": report.bytes,
         }));
     }
-    let cells = |row: &Row| vec![row.name.clone(), format!("{:?}", row.shape), row.dtype.clone(), row.bytes.to_string()];
+    let cells = |row: &Row| {
+        vec![row.name.clone(), format!("{:?}", row.shape), row.dtype.clone(), row.bytes.to_string()]
+    };
     let rows: Vec<_> = report.tensors.iter().map(cells).collect();
     output::line(report.recipe.to_toml());
     output::table(&["tensor", "shape", "type", "bytes"], &rows);
@@ -68,6 +70,19 @@ pub fn run(args: Args) -> Result<()> {
         output::line(format!("quantisation: {quant}; file: {bytes} bytes"));
     }
     Ok(())
+}
+
+/// A recipe; of a file that cannot be one the error says what else it could have been.
+fn load_recipe(what: &str, path: &Path) -> Result<Recipe> {
+    let is_toml = path.extension().is_some_and(|extension| extension == "toml");
+    Recipe::load(what).map_err(|error| match error {
+        Error::Input { what, place, .. } if path.is_file() && !is_toml => Error::input(
+            format!("neither an artifact nor a recipe ({what})"),
+            place,
+            "an artifact, a run or a recipe",
+        ),
+        other => other,
+    })
 }
 
 fn of_artifact(path: &Path) -> Result<Report> {
@@ -89,19 +104,15 @@ fn of_artifact(path: &Path) -> Result<Report> {
 }
 
 fn of_run(path: &Path) -> Result<Report> {
-    let run = TrainedRun::load(path, &mut |line| output::warn(line))?;
-    let row = |tensor: &crate::host::HostTensor| Row {
-        name: tensor.name.clone(),
-        shape: tensor.shape.clone(),
-        dtype: format!("{:?}", tensor.dtype),
-        bytes: tensor.bytes.len(),
-    };
-    let source: PathBuf = run.source;
+    let run = RunInspection::of(path, &mut |line| output::warn(line))?;
+    let row =
+        |Entry { name, shape, dtype, bytes, .. }| Row { name, shape, dtype: format!("{dtype:?}"), bytes };
+    let tensors: Vec<Row> = run.tensors.into_iter().map(row).collect();
     Ok(Report {
-        params: run.params.iter().map(|tensor| tensor.numel() as u64).sum(),
-        tensors: run.params.iter().map(row).collect(),
+        params: run.recipe.param_count(),
+        tensors,
         recipe: run.recipe,
         quant: Some("none".into()),
-        bytes: fs::metadata(&source).ok().map(|file| file.len()),
+        bytes: Some(run.bytes),
     })
 }

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand; it parses, calls the library and prints.
 
 mod args;
+mod bench;
 mod data;
 mod demo;
 mod devices;
@@ -17,6 +18,7 @@ mod train;
 
 use crate::error::{Error, Result};
 use crate::train::guards;
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -46,6 +48,7 @@ enum Command {
     Data(data::Args),
     Devices(devices::Args),
     Parity(parity::Args),
+    Bench(bench::Args),
 }
 
 /// Parses the process's arguments, runs the command and returns the exit status: 0 done, 1 failed, 2 bad usage or
@@ -78,6 +81,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Recipes(args) => recipes::run(args),
         Command::Data(args) => data::run(args),
         Command::Devices(args) => devices::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Parity(args) => return parity::run(args),
     }?;
     guards::check_interrupt("after the last step of the command")?;
@@ -91,8 +95,12 @@ fn fail(error: &Error) -> ExitCode {
 
 /// clap's several lines as one of ours.
 fn usage_error(error: &clap::Error) -> Error {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Error::input("no command", "command line", "one of the commands that `fairway --help` lists");
+    }
     let text = error.render().to_string();
-    let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let is_said = |line: &&str| !line.is_empty() && !line.starts_with("For more information");
+    let lines = || text.lines().map(str::trim).filter(is_said);
     let what: Vec<&str> = lines().take_while(|line| !line.starts_with("Usage:")).collect();
     let what = what.join(" ");
     let what = what.strip_prefix("error: ").unwrap_or(&what);
@@ -105,6 +113,8 @@ fn catch_interrupts() {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let caught = ctrlc::set_handler(|| {
         if COUNT.fetch_add(1, Ordering::SeqCst) > 0 {
+            let place = "the work since the last checkpoint is lost".to_string();
+            output::error_line(&Error::Interrupted { place });
             std::process::exit(130);
         }
         guards::interrupt();

@@ -1,7 +1,9 @@
 //! What commands print: text for people, or one JSON object; warnings and errors on stderr, a line each.
 
 use crate::error::{Error, Result};
+use serde::Serializer;
 use std::io::Write;
+use std::path::Path;
 
 /// Prints a line on stdout. A closed pipe (`| head`) ends the output, not the work.
 pub fn line(text: impl std::fmt::Display) {
@@ -20,6 +22,11 @@ pub fn json(value: &impl serde::Serialize) -> Result<()> {
         .map_err(|error| Error::failed(error, "--json", "a report that JSON can hold"))?;
     line(text);
     Ok(())
+}
+
+/// A path as JSON text: a name that is not UTF-8 is no reason to lose a report.
+pub fn path<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// A warning on stderr.

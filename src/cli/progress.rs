@@ -1,5 +1,6 @@
 //! Progress bars on stderr, where it is a terminal; nothing otherwise.
 
+use super::output;
 use crate::error::Result;
 use crate::train::{Status, guards, log};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -51,6 +52,12 @@ impl TrainBar {
         let bar = self.0.clone();
         let mut print = log::to_stdout();
         Box::new(move |line| bar.suspend(|| print(line)))
+    }
+
+    /// A warning on stderr that keeps the bar below it.
+    pub fn warn(&self) -> log::Echo {
+        let bar = self.0.clone();
+        Box::new(move |line| bar.suspend(|| output::warn(line)))
     }
 
     /// Shows a step.

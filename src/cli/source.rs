@@ -1,38 +1,50 @@
 //! `FILE|RUN`: an artifact, or the folder of a run.
 
 use super::output;
-use crate::artifact::{self, Artifact, assemble::Contents};
+use crate::artifact::assemble::Contents;
+use crate::artifact::container::{Container, Kind};
+use crate::artifact::{self, Artifact};
 use crate::data::byte_table::ByteTable;
 use crate::error::Result;
-use crate::model::Model;
-use crate::ops::Plain;
+use crate::eval::text::Weights;
 use crate::train::run::TrainedRun;
-use burn::tensor::DType;
 use std::path::Path;
 
-/// Reads what scoring and sampling need from an artifact or a run.
-pub fn load(path: &Path) -> Result<Contents> {
-    if path.is_dir() {
-        let run = TrainedRun::load(path, &mut |line| output::warn(line))?;
-        let byte_table = ByteTable::new(&run.tokenizer, run.recipe.vocab_size)?;
-        return Ok(Contents {
-            recipe: run.recipe,
-            tokenizer: run.tokenizer,
-            byte_table,
-            params: run.params,
-        });
+/// A model as a file or folder holds it.
+pub struct Source {
+    /// What scoring and sampling need.
+    pub contents: Contents,
+    /// Quantisation and codec of an artifact; none of a run.
+    pub packing: Option<(String, String)>,
+    /// The file or folder.
+    place: String,
+}
+
+impl Source {
+    /// Reads an artifact or a run.
+    pub fn load(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        if path.is_dir() {
+            return Ok(Self { contents: of_run(path)?, packing: None, place });
+        }
+        let artifact = Artifact::read(path)?;
+        let codec = Container::open(path)?.section(Kind::TensorData).codec.to_string();
+        Ok(Self { contents: artifact.contents(&place)?, packing: Some((artifact.quant, codec)), place })
     }
-    Artifact::read(path)?.contents(&path.display().to_string())
+
+    /// The weights for a device.
+    pub fn weights(&self) -> Weights<'_> {
+        Weights { recipe: &self.contents.recipe, params: &self.contents.params, place: &self.place }
+    }
+}
+
+fn of_run(path: &Path) -> Result<Contents> {
+    let run = TrainedRun::load(path, &mut |line| output::warn(line))?;
+    let byte_table = ByteTable::new(&run.tokenizer, run.recipe.vocab_size)?;
+    Ok(Contents { recipe: run.recipe, tokenizer: run.tokenizer, byte_table, params: run.params })
 }
 
 /// Whether the file is an artifact (a folder or anything else is not).
 pub fn is_artifact(path: &Path) -> bool {
     path.is_file() && artifact::is_artifact(path)
-}
-
-/// The model with its weights on a device.
-pub fn model<P: Plain>(contents: &Contents, place: &Path, device: &P::Device, dtype: DType) -> Result<Model<P>> {
-    let model = Model::<P>::new(&contents.recipe, device, dtype)?;
-    model.params().load(&contents.params, &place.display().to_string())?;
-    Ok(model)
 }

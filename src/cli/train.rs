@@ -4,6 +4,8 @@ use super::args::{self, DeviceArgs};
 use super::{output, progress::TrainBar};
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
+use crate::train::checkpoint::{self, DataSource};
+use crate::train::run::load_recipe;
 use crate::train::{self, Options, Summary};
 use std::path::{Path, PathBuf};
 
@@ -20,8 +22,8 @@ pub struct Args {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Take the challenge's environment names (ITERATIONS, MATRIX_LR, ...): those that are set, or a FILE's NAME=value lines
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "")]
-    from_env: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    from_env: Option<Option<PathBuf>>,
     /// Folder with fineweb_train_*.bin and fineweb_val_*.bin [default: the demo corpus, built if absent]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
@@ -53,22 +55,26 @@ pub struct Args {
     device: DeviceArgs,
 }
 
-/// Data and tokenizer that the environment names.
+/// Data and tokenizer that the flags or the environment name.
 #[derive(Default)]
-struct FromEnv {
+struct Named {
     data: Option<PathBuf>,
     tokenizer: Option<String>,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let (recipe, env) = resolve_recipe(&args)?;
+    let (recipe, mut named) = resolve_recipe(&args)?;
     let target = args.device.target()?;
-    let data = match args.data.clone().or(env.data) {
+    if let (Some(dir), None) = (&args.resume, &named.data) {
+        let saved = resumed_data(dir)?;
+        named.data = Some(saved.dir.into());
+        named.tokenizer.get_or_insert(saved.tokenizer);
+    }
+    let data = match named.data {
         Some(data) => data,
         None => args::demo_data()?,
     };
-    let named = args.tokenizer.clone().or(env.tokenizer);
-    let (tokenizer, tokenizer_name) = args::tokenizer(named.as_deref(), &data, recipe.vocab_size)?;
+    let (tokenizer, tokenizer_name) = args::tokenizer(named.tokenizer.as_deref(), &data, recipe.vocab_size)?;
     let out = match args.out.clone().or(args.resume.clone()) {
         Some(out) => out,
         None => free_run_dir(&recipe.name),
@@ -84,6 +90,7 @@ pub fn run(args: Args) -> Result<()> {
         micro_batch: args.micro_batch,
         save_every: args.save_every,
         echo: bar.echo(args.json),
+        warn: bar.warn(),
     };
     let trained = train::train(options, &target, &mut |status| bar.show(status));
     bar.finish();
@@ -102,22 +109,21 @@ fn report(summary: &Summary, json: bool) -> Result<()> {
 }
 
 /// The recipe, then the environment, then the flags.
-fn resolve_recipe(args: &Args) -> Result<(Recipe, FromEnv)> {
+fn resolve_recipe(args: &Args) -> Result<(Recipe, Named)> {
     let mut recipe = match (&args.recipe, &args.resume) {
         (Some(name), _) => Recipe::load(name)?,
-        (None, Some(dir)) => Recipe::load(&dir.join("recipe.toml").display().to_string())?,
+        (None, Some(dir)) => load_recipe(dir)?,
         (None, None) => return Err(Error::input("no recipe", "RECIPE", "a built-in recipe or a TOML file")),
     };
-    let mut env = FromEnv::default();
+    let mut named = Named { data: args.data.clone(), tokenizer: args.tokenizer.clone() };
     if let Some(file) = &args.from_env {
-        let report = if file.as_os_str().is_empty() {
-            recipe.apply_env_map(std::env::vars_os())?
-        } else {
-            recipe.apply_env_file(file)?
+        let report = match file {
+            Some(file) => recipe.apply_env_file(file)?,
+            None => recipe.apply_env_map(std::env::vars_os())?,
         };
         report.warnings.iter().for_each(|warning| output::warn(warning));
-        env.data = report.data_path;
-        env.tokenizer = report.tokenizer_path.map(|path| path.display().to_string());
+        named.data = named.data.or(report.data_path);
+        named.tokenizer = named.tokenizer.or(report.tokenizer_path.map(|path| path.display().to_string()));
     }
     for assignment in &args.sets {
         recipe.set(assignment)?;
@@ -130,7 +136,14 @@ fn resolve_recipe(args: &Args) -> Result<(Recipe, FromEnv)> {
         recipe.seed = seed;
     }
     recipe.validate()?;
-    Ok((recipe, env))
+    Ok((recipe, named))
+}
+
+/// What the run in `dir` was trained on.
+fn resumed_data(dir: &Path) -> Result<DataSource> {
+    // Training itself will tell of the checkpoints that are passed over.
+    let (_, data) = checkpoint::newest(dir, &mut |_| (), |path| Ok(checkpoint::open(path)?.1.data))?;
+    Ok(data)
 }
 
 /// The first of `runs/NAME-1`, `runs/NAME-2`, ... that does not exist.

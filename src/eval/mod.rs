@@ -2,6 +2,7 @@
 
 pub mod full;
 pub mod sample;
+pub mod text;
 pub mod unigram;
 
 use crate::ops::Plain;

@@ -36,7 +36,11 @@ pub fn sample<P: Plain>(
         return Err(Error::input(format!("token id {id}"), "the prompt", format!("ids below {vocab}")));
     }
     if prompt.is_empty() || !options.temperature.is_finite() || options.temperature < 0.0 {
-        return Err(Error::input("nothing to continue", "the prompt", "a token, and a temperature of at least 0"));
+        return Err(Error::input(
+            "nothing to continue",
+            "the prompt",
+            "a token, and a temperature of at least 0",
+        ));
     }
     let context = options.context.max(2);
     let tail = |seen: &[u16], len: usize| seen[seen.len().saturating_sub(len)..].to_vec();

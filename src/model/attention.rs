@@ -2,7 +2,6 @@
 
 use super::init::Init;
 use super::params::{Params, Spec};
-use crate::ops::rms_norm::EPS;
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain};
 use crate::recipe::Recipe;
@@ -43,6 +42,7 @@ pub struct Attention<P: Plain> {
     c_v: Param<P>,
     proj: Param<P>,
     q_gain: Param<P>,
+    rms_eps: f64,
 }
 
 /// The parameters of one attention mixer.
@@ -69,6 +69,7 @@ impl<P: Plain> Attention<P> {
             c_v: params.named(&format!("{prefix}.c_v.weight")),
             proj: params.named(&format!("{prefix}.proj.weight")),
             q_gain: params.named(&format!("{prefix}.q_gain")),
+            rms_eps: recipe.rms_eps,
         }
     }
 
@@ -84,7 +85,7 @@ impl<P: Plain> Attention<P> {
         let time = rows / batch;
         let split = |y: Tensor<B, 2>, heads| y.reshape([batch, time, heads, self.head_dim]);
         let rotated = |y: Tensor<B, 2>, heads: usize| {
-            let y = B::rms_norm(y.reshape([rows * heads, self.head_dim]), EPS);
+            let y = B::rms_norm(y.reshape([rows * heads, self.head_dim]), self.rms_eps);
             B::rope(y.reshape([batch, time, heads, self.head_dim]), rope)
         };
         let q = rotated(B::project(x.clone(), &self.c_q), self.heads);

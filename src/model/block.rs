@@ -4,7 +4,6 @@ use super::attention::{self, Attention, KeyValueCache};
 use super::init::Init;
 use super::mlp::{self, Mlp};
 use super::params::{Params, Spec};
-use crate::ops::rms_norm::EPS;
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain};
 use crate::recipe::Recipe;
@@ -18,6 +17,7 @@ pub struct Block<P: Plain> {
     attn_scale: Param<P>,
     mlp_scale: Param<P>,
     resid_mix: Param<P>,
+    rms_eps: f64,
 }
 
 /// The parameters of block `index`.
@@ -43,6 +43,7 @@ impl<P: Plain> Block<P> {
             attn_scale: params.named(&format!("{prefix}.attn_scale")),
             mlp_scale: params.named(&format!("{prefix}.mlp_scale")),
             resid_mix: params.named(&format!("{prefix}.resid_mix")),
+            rms_eps: recipe.rms_eps,
         }
     }
 
@@ -56,9 +57,9 @@ impl<P: Plain> Block<P> {
         cache: Option<&mut KeyValueCache<B>>,
     ) -> Tensor<B, 2> {
         let x = B::residual_mix(x, x0, &self.resid_mix);
-        let branch = self.attn.forward(B::rms_norm(x.clone(), EPS), batch, rope, cache);
+        let branch = self.attn.forward(B::rms_norm(x.clone(), self.rms_eps), batch, rope, cache);
         let x = B::scaled_add(x, branch, &self.attn_scale, 0);
-        let branch = self.mlp.forward(B::rms_norm(x.clone(), EPS));
+        let branch = self.mlp.forward(B::rms_norm(x.clone(), self.rms_eps));
         B::scaled_add(x, branch, &self.mlp_scale, 0)
     }
 }

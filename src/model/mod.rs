@@ -8,7 +8,6 @@ pub mod params;
 
 use crate::error::Result;
 use crate::ops::cross_entropy::softcap;
-use crate::ops::rms_norm::EPS;
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain, accumulate_type};
 use crate::recipe::Recipe;
@@ -66,6 +65,7 @@ pub struct Model<P: Plain> {
     blocks: Vec<Block<P>>,
     lm_head: Option<Param<P>>,
     softcap: Option<f64>,
+    rms_eps: f64,
     head_dim: usize,
     rope_base: f64,
     rope: Mutex<Option<RopeTable<P>>>,
@@ -85,6 +85,7 @@ impl<P: Plain> Model<P> {
             lm_head: params.get(HEAD).cloned(),
             params,
             softcap: (recipe.logit_softcap > 0.0).then_some(recipe.logit_softcap),
+            rms_eps: recipe.rms_eps,
             head_dim: recipe.head_dim(),
             rope_base: recipe.rope_base,
             rope: Mutex::new(None),
@@ -131,7 +132,7 @@ impl<P: Plain> Model<P> {
         let [batch, time] = ids.dims();
         let start = cache.as_ref().map_or(0, |cache| cache.positions);
         let rope = self.rope(start, time);
-        let x0 = B::rms_norm(B::embed(ids.reshape([batch * time]), &self.tok_emb), EPS);
+        let x0 = B::rms_norm(B::embed(ids.reshape([batch * time]), &self.tok_emb), self.rms_eps);
         let mut x = x0.clone();
         let mut skips = Vec::new();
         let encoders = self.blocks.len() / 2;
@@ -153,7 +154,7 @@ impl<P: Plain> Model<P> {
         if let Some(cache) = cache {
             cache.positions += time;
         }
-        B::rms_norm(x, EPS)
+        B::rms_norm(x, self.rms_eps)
     }
 
     /// The loss in nats of each target `[b t]`, for `ids[b, t]` and `targets[b, t]`.

@@ -9,11 +9,12 @@ use super::{Autodiff, Base, MatmulOps, Param, Plain, accumulate_type};
 use burn::tensor::{DType, Int, Tensor, activation::log_softmax};
 use std::ops::Range;
 
-/// Logits that the reference holds at once.
-const LOGIT_ELEMENTS: usize = 1 << 26;
-
 /// Softcapped cross-entropy with the head's product, forward and backward.
 pub trait CrossEntropyOps: Base + MatmulOps {
+    /// Logits that the reference holds at once, in each of some six tensors: 64 MB of f32, since some adapters bind no
+    /// more than 128 MB.
+    const LOGIT_ELEMENTS: usize = 1 << 24;
+
     /// The loss of each row in nats: `nll[n]`.
     fn cross_entropy(
         h: Tensor<Self, 2>,
@@ -66,8 +67,8 @@ pub fn softcap<B: burn::tensor::backend::Backend, const D: usize>(
     }
 }
 
-fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = Range<usize>> {
-    let chunk = (LOGIT_ELEMENTS / vocab.max(1)).clamp(1, rows.max(1));
+fn chunks<B: CrossEntropyOps>(rows: usize, vocab: usize) -> impl Iterator<Item = Range<usize>> {
+    let chunk = (B::LOGIT_ELEMENTS / vocab.max(1)).clamp(1, rows.max(1));
     (0..rows).step_by(chunk).map(move |start| start..(start + chunk).min(rows))
 }
 
@@ -76,7 +77,7 @@ fn logits<B: MatmulOps>(h: Tensor<B, 2>, w: Tensor<B, 2>, dtype: DType, cap: Opt
 }
 
 /// The reference forward.
-pub fn forward<B: MatmulOps>(
+pub fn forward<B: CrossEntropyOps>(
     h: Tensor<B, 2>,
     w: Tensor<B, 2>,
     targets: Tensor<B, 1, Int>,
@@ -84,7 +85,7 @@ pub fn forward<B: MatmulOps>(
 ) -> Tensor<B, 1> {
     let dtype = accumulate_type(h.dtype());
     let ([rows, columns], vocab) = (h.dims(), w.dims()[0]);
-    let parts = chunks(rows, vocab).map(|range| {
+    let parts = chunks::<B>(rows, vocab).map(|range| {
         let part = h.clone().slice([range.clone(), 0..columns]);
         let target = targets.clone().slice([range.clone()]).reshape([range.len(), 1]);
         let log_p = log_softmax(logits(part, w.clone(), dtype, cap), 1);
@@ -94,7 +95,7 @@ pub fn forward<B: MatmulOps>(
 }
 
 /// The reference backward: `gz = (softmax(z) - onehot) gnll (1 - tanh^2)`, `gh = gz w`, `gw += gz^T h`.
-pub fn backward<B: MatmulOps>(
+pub fn backward<B: CrossEntropyOps>(
     h: Tensor<B, 2>,
     w: Tensor<B, 2>,
     targets: Tensor<B, 1, Int>,
@@ -105,7 +106,7 @@ pub fn backward<B: MatmulOps>(
     let (dtype, wide) = (h.dtype(), accumulate_type(h.dtype()));
     let ([rows, columns], vocab) = (h.dims(), w.dims()[0]);
     let mut parts = Vec::new();
-    for range in chunks(rows, vocab) {
+    for range in chunks::<B>(rows, vocab) {
         let part = h.clone().slice([range.clone(), 0..columns]);
         let target = targets.clone().slice([range.clone()]);
         let z = logits(part.clone(), w.clone(), wide, cap);

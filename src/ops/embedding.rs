@@ -4,11 +4,12 @@ use super::tape::rooted;
 use super::{Autodiff, Base, MatmulOps, Param, Plain, accumulate_type};
 use burn::tensor::{DType, Int, Tensor};
 
-/// One-hot elements that the reference backward holds at once.
-const ONE_HOT_ELEMENTS: usize = 1 << 26;
-
 /// Embedding, forward and backward.
 pub trait EmbeddingOps: Base + MatmulOps {
+    /// One-hot elements that the reference backward holds at once: 64 MB of f32, since some adapters bind no more than
+    /// 128 MB.
+    const ONE_HOT_ELEMENTS: usize = 1 << 24;
+
     /// Rows of the parameter `w[v, c]` by `ids[n]`.
     fn embed(ids: Tensor<Self, 1, Int>, w: &Param<Self::Plain>) -> Tensor<Self, 2> {
         Self::lift(w.compute::<2>()).select(0, ids)
@@ -23,7 +24,7 @@ pub trait EmbeddingOps: Base + MatmulOps {
         }
         let (vocab, rows) = (w.shape()[0], ids.dims()[0]);
         let columns = grad.dims()[1];
-        let chunk = (ONE_HOT_ELEMENTS / vocab).clamp(1, rows);
+        let chunk = (Self::ONE_HOT_ELEMENTS / vocab).clamp(1, rows);
         for start in (0..rows).step_by(chunk) {
             let len = chunk.min(rows - start);
             let hot = one_hot(ids.clone().narrow(0, start, len), vocab, grad.dtype());

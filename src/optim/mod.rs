@@ -30,6 +30,9 @@ pub fn round_bf16<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     (x + shift.clone()) - shift
 }
 
+/// What stands before a parameter's name in the names of its rows of state.
+pub const STATE_PREFIXES: [&str; 3] = ["adam.m.", "adam.v.", "muon.momentum."];
+
 /// The optimizers' state, by name, as rows with a step count each.
 pub struct OptimizerState<P: Plain> {
     rows: Vec<(String, Tensor<P, 1>, u64)>,

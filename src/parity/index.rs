@@ -146,11 +146,12 @@ impl Entry {
         self.top().inner(path)
     }
 
-    /// Whether the `dtype` or `note` of the entry or of its config names an element type.
-    pub fn says(&self, dtype: &str) -> Result<bool> {
-        let config = self.section("config")?;
-        let texts = [self.top(), config].into_iter().flat_map(|keys| [keys.get("dtype"), keys.get("note")]);
-        Ok(texts.flatten().filter_map(Value::as_str).any(|text| text.contains(dtype)))
+    /// Whether the `dtype` or a note of the entry or of its config says `words`: how the peer computed is in no other key.
+    pub fn says(&self, words: &str) -> bool {
+        let config = self.0.get("config").and_then(Value::as_object);
+        let keys = self.0.as_object().into_iter().chain(config).flatten();
+        let mut texts = keys.filter(|(key, _)| *key == "dtype" || key.starts_with("note"));
+        texts.any(|(_, text)| text.as_str().is_some_and(|text| text.contains(words)))
     }
 
     /// A tolerance that the entry must hold.

@@ -28,6 +28,9 @@ const NEEDED: [&str; 9] = [
 const OPTIONAL: [&str; 3] = ["tied_embed_init_std", "qk_gain_init", "rms_eps"];
 
 /// The recipe of an entry's `env` and `config` for `ids[spans, batch, time]` in a step.
+///
+/// The norms' epsilon is float32's unless the config has another or a note says that the peer's was float64's, which is
+/// what PyTorch takes for a model that computes in float64.
 pub(super) fn recipe<P: Plain>(case: &Case<'_, P>, [spans, batch, time]: [usize; 3]) -> Result<Recipe> {
     let mut recipe = env_recipe(case.entry)?;
     let attributes = case.entry.section("attrs")?;
@@ -41,6 +44,9 @@ pub(super) fn recipe<P: Plain>(case: &Case<'_, P>, [spans, batch, time]: [usize;
     }
     for (key, value) in config.iter().filter(|(key, _)| !key.starts_with("note")) {
         recipe.set(&format!("{key}={}", text(value))).map_err(|error| placed(error, "config"))?;
+    }
+    if config.get("rms_eps").is_none() && case.entry.says("RMS eps = float64 machine epsilon") {
+        recipe.rms_eps = f64::EPSILON;
     }
     recipe.train_seq_len = time;
     recipe.grad_accum_steps = spans;

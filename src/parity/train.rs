@@ -106,7 +106,7 @@ impl<P: Plain> Run<P> {
         let [steps, spans, ..] = self.sizes;
         let (recipe, model) = (&self.recipe, &self.model);
         check_groups(case, recipe, model)?;
-        let iteration = NewtonSchulz { bf16: case.entry.says("bfloat16")?, ..NewtonSchulz::default() };
+        let iteration = NewtonSchulz { bf16: case.entry.says("bfloat16"), ..NewtonSchulz::default() };
         let mut optimizers = Optimizers::with_newton_schulz(recipe, model, iteration);
         let (mut losses, mut muls, mut momenta) = (Vec::new(), Vec::new(), Vec::new());
         for step in 0..steps {

@@ -51,6 +51,8 @@ knobs! {
     tie_embeddings: bool = true, Some("TIE_EMBEDDINGS"), Any;
     /// Standard deviation of the initial token embedding when tied.
     tied_embed_init_std: f64 = 0.005, Some("TIED_EMBED_INIT_STD"), Within(0.0, 100.0);
+    /// Added to the mean square under the root of every RMS norm; the default is float32's machine epsilon.
+    rms_eps: f64 = f64::from(f32::EPSILON), None, Positive(1.0);
     /// Base of the rotary position frequencies.
     rope_base: f64 = 10_000.0, Some("ROPE_BASE"), Positive(1e12);
     /// Logits are c * tanh(logits / c) with this c.

@@ -2,22 +2,57 @@
 //!
 //! `DIR/checkpoint/step_00000100.safetensors` holds the parameters by their own names, the optimizers' state by
 //! `adam.m.`, `adam.v.` and `muon.momentum.` before the names, and in its metadata the step, the stream's position, the
-//! training time, the recipe and a SHA-256 of the tensors.
+//! training time, the recipe and the data.
 
+use super::tensors_file::{self, TensorsFile};
+use crate::data::folder::{DataFolder, Split};
 use crate::data::stream::StreamPosition;
 use crate::error::{Error, Result};
-use crate::files;
-use crate::host::{HostTensor, HostType};
+use crate::host::HostTensor;
 use crate::optim::STATE_PREFIXES;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Checkpoints that are kept; older ones are removed when a newer one is whole.
 const KEEP: usize = 2;
+
+/// The key of [`Progress`] in a checkpoint's metadata.
+const PROGRESS: &str = "progress";
+
+/// The longest recipe that is read from a checkpoint, in bytes.
+const MAX_RECIPE_BYTES: usize = 1 << 20;
+
+/// The data of a run, to go on with the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataSource {
+    /// The folder of shards, as an absolute path.
+    pub dir: String,
+    /// `byte`, or the tokenizer's model file as an absolute path.
+    pub tokenizer: String,
+    /// Name and bytes of each train shard.
+    pub train: Vec<(String, u64)>,
+}
+
+impl DataSource {
+    /// The shards of `folder`, and how their tokenizer was named.
+    pub fn of(folder: &DataFolder, tokenizer: &str) -> Result<Self> {
+        let absolute = |path: &Path| {
+            std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()).display().to_string()
+        };
+        let shard = |path: &PathBuf| {
+            let bytes = fs::metadata(path).map_err(|error| Error::read(path, &error))?.len();
+            Ok((path.file_name().unwrap_or_default().to_string_lossy().into_owned(), bytes))
+        };
+        Ok(Self {
+            dir: absolute(folder.dir()),
+            tokenizer: if tokenizer == "byte" { tokenizer.to_string() } else { absolute(tokenizer.as_ref()) },
+            train: folder.shards(Split::Train).iter().map(shard).collect::<Result<_>>()?,
+        })
+    }
+}
 
 /// A run's progress beside its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +69,21 @@ pub struct Progress {
     pub state_steps: BTreeMap<String, u64>,
     /// The resolved recipe.
     pub recipe_toml: String,
+    /// What it is trained on.
+    pub data: DataSource,
+}
+
+impl Progress {
+    /// The resolved recipe.
+    pub fn recipe(&self, place: &Path) -> Result<Recipe> {
+        if self.recipe_toml.len() > MAX_RECIPE_BYTES {
+            let what = format!("recipe of {} bytes", self.recipe_toml.len());
+            return Err(Error::input(what, place.display(), format!("at most {MAX_RECIPE_BYTES}")));
+        }
+        let recipe = Recipe::from_toml(&self.recipe_toml, place)?;
+        recipe.validate()?;
+        Ok(recipe)
+    }
 }
 
 /// A checkpoint in memory.
@@ -48,15 +98,16 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Writes the checkpoint of its step under `dir/checkpoint` and removes all but the newest ones.
+    /// Writes the checkpoint of its step under `dir/checkpoint` and keeps of the others the newest one before it: later
+    /// steps are of a run that this one has replaced.
     pub fn save(&self, dir: &Path) -> Result<PathBuf> {
-        let folder = dir.join("checkpoint");
-        let path = folder.join(format!("step_{:08}.safetensors", self.progress.step));
+        let path = dir.join("checkpoint").join(format!("step_{:08}.safetensors", self.progress.step));
         let progress = serde_json::to_string(&self.progress)
             .map_err(|error| Error::failed(error, path.display(), "progress that JSON can hold"))?;
         let tensors: Vec<&HostTensor> = self.params.iter().chain(&self.state).collect();
-        write_tensors(&path, &tensors, HashMap::from([("progress".to_string(), progress)]))?;
-        for old in list(dir).into_iter().rev().skip(KEEP) {
+        tensors_file::write(&path, &tensors, BTreeMap::from([(PROGRESS.to_string(), progress)]))?;
+        let (upto, later): (Vec<_>, Vec<_>) = list(dir).into_iter().partition(|other| *other <= path);
+        for old in upto.into_iter().rev().skip(KEEP).chain(later) {
             let _ = fs::remove_file(old);
         }
         Ok(path)
@@ -64,25 +115,38 @@ impl Checkpoint {
 
     /// Reads one checkpoint file.
     pub fn load(path: &Path) -> Result<Self> {
-        let (tensors, metadata) = read_tensors(path)?;
-        let bad = |what: String| Error::input(what, path.display(), "a checkpoint that fairway wrote");
-        let progress = metadata.get("progress").ok_or_else(|| bad("no progress in its metadata".into()))?;
-        let progress = serde_json::from_str(progress).map_err(|error| bad(format!("bad progress ({error})")))?;
-        let is_state = |tensor: &HostTensor| STATE_PREFIXES.iter().any(|prefix| tensor.name.starts_with(prefix));
-        let (state, params) = tensors.into_iter().partition(is_state);
+        let (file, progress) = open(path)?;
+        let is_state =
+            |tensor: &HostTensor| STATE_PREFIXES.iter().any(|prefix| tensor.name.starts_with(prefix));
+        let (state, params) = file.read()?.into_iter().partition(is_state);
         Ok(Self { progress, params, state })
     }
+}
 
-    /// The newest checkpoint of a run that is whole; a broken newer one is told to `warn` and passed over.
-    pub fn latest(dir: &Path, warn: &mut dyn FnMut(&str)) -> Result<Self> {
-        for path in list(dir).into_iter().rev() {
-            match Self::load(&path) {
-                Ok(checkpoint) => return Ok(checkpoint),
-                Err(error) => warn(&error.to_string()),
-            }
+/// Opens a checkpoint: its progress, and its tensors, which are known to fit its recipe but not yet read.
+pub fn open(path: &Path) -> Result<(TensorsFile, Progress)> {
+    let file = TensorsFile::open(path)?;
+    let bad = |what: String| Error::input(what, path.display(), "a checkpoint that fairway wrote");
+    let progress = file.metadata().get(PROGRESS).ok_or_else(|| bad("no progress in its metadata".into()))?;
+    let progress: Progress =
+        serde_json::from_str(progress).map_err(|error| bad(format!("bad progress ({error})")))?;
+    file.expect(&progress.recipe(path)?, true)?;
+    Ok((file, progress))
+}
+
+/// The newest checkpoint of a run for which `read` succeeds; of a newer one `warn` is told why it was passed over.
+pub fn newest<T>(
+    dir: &Path,
+    warn: &mut dyn FnMut(&str),
+    mut read: impl FnMut(&Path) -> Result<T>,
+) -> Result<(PathBuf, T)> {
+    for path in list(dir).into_iter().rev() {
+        match read(&path) {
+            Ok(value) => return Ok((path, value)),
+            Err(error) => warn(&format!("{error}; taking an older checkpoint")),
         }
-        Err(Error::input("no checkpoint that is whole", dir.join("checkpoint").display(), "step_*.safetensors"))
     }
+    Err(Error::input("no whole checkpoint", dir.join("checkpoint").display(), "step_*.safetensors of a run"))
 }
 
 /// The checkpoints of a run, oldest first.
@@ -92,75 +156,9 @@ pub fn list(dir: &Path) -> Vec<PathBuf> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with("step_") && name.ends_with(".safetensors")
     };
-    let mut paths: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_checkpoint).collect();
-    paths.sort();
+    let mut paths: Vec<_> =
+        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_checkpoint).collect();
+    // As numbers: names have eight digits, steps may have nine.
+    paths.sort_by_cached_key(|path| (path.as_os_str().len(), path.clone()));
     paths
-}
-
-fn digest(tensors: &[&HostTensor]) -> String {
-    let mut hasher = Sha256::new();
-    for tensor in tensors {
-        hasher.update(tensor.name.as_bytes());
-        hasher.update(&tensor.bytes);
-    }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Writes tensors as safetensors with a SHA-256 of them in its metadata, whole or not at all.
-pub fn write_tensors(path: &Path, tensors: &[&HostTensor], mut metadata: HashMap<String, String>) -> Result<()> {
-    let mut sorted = tensors.to_vec();
-    sorted.sort_by(|a, b| a.name.cmp(&b.name));
-    metadata.insert("sha256".into(), digest(&sorted));
-    let views: Result<Vec<_>, _> = sorted
-        .iter()
-        .map(|tensor| {
-            let dtype = match tensor.dtype {
-                HostType::F64 => Dtype::F64,
-                HostType::F32 => Dtype::F32,
-                HostType::F16 => Dtype::F16,
-                HostType::BF16 => Dtype::BF16,
-                HostType::I8 => Dtype::I8,
-                HostType::I32 => Dtype::I32,
-                HostType::I64 => Dtype::I64,
-                HostType::U8 => Dtype::U8,
-            };
-            Ok((tensor.name.as_str(), TensorView::new(dtype, tensor.shape.clone(), &tensor.bytes)?))
-        })
-        .collect();
-    let bytes = views
-        .and_then(|views| safetensors::serialize(views, Some(metadata)))
-        .map_err(|error| Error::failed(error, path.display(), "tensors that safetensors can hold"))?;
-    files::write_atomic(path, &bytes)
-}
-
-/// Reads a safetensors file, sizes and (where it has one) SHA-256 checked.
-pub fn read_tensors(path: &Path) -> Result<(Vec<HostTensor>, HashMap<String, String>)> {
-    let bytes = fs::read(path).map_err(|error| Error::read(path, &error))?;
-    let bad = |what: String| Error::input(what, path.display(), "a whole safetensors file");
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| bad(format!("broken ({error})")))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| bad(format!("broken ({error})")))?;
-    let mut tensors = Vec::new();
-    for (name, view) in file.iter() {
-        let dtype = match view.dtype() {
-            Dtype::F64 => HostType::F64,
-            Dtype::F32 => HostType::F32,
-            Dtype::F16 => HostType::F16,
-            Dtype::BF16 => HostType::BF16,
-            Dtype::I8 => HostType::I8,
-            Dtype::I32 => HostType::I32,
-            Dtype::I64 => HostType::I64,
-            Dtype::U8 => HostType::U8,
-            other => return Err(bad(format!("tensor {name} has type {other:?}"))),
-        };
-        let (shape, bytes) = (view.shape().to_vec(), view.data().to_vec());
-        tensors.push(HostTensor { name: name.to_string(), shape, dtype, bytes });
-    }
-    tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    let metadata = header.metadata().clone().unwrap_or_default();
-    if let Some(sha256) = metadata.get("sha256")
-        && *sha256 != digest(&tensors.iter().collect::<Vec<_>>())
-    {
-        return Err(bad("its tensors do not match its SHA-256".into()));
-    }
-    Ok((tensors, metadata))
 }

@@ -1,7 +1,12 @@
 //! What stops a run before its end.
 
 use crate::error::{Error, Result};
+use crate::host::{HostTensor, HostType};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What to do about a run that diverged.
+const EXPECTED: &str =
+    "finite numbers (go on from the last checkpoint, or start anew with lower learning rates)";
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -20,14 +25,28 @@ pub fn check_interrupt(place: &str) -> Result<()> {
     if interrupted() { Err(Error::Interrupted { place: place.to_string() }) } else { Ok(()) }
 }
 
-/// Refuses a loss that is not finite at `step` (from 1).
-pub fn check_finite(loss: f64, step: usize) -> Result<()> {
+/// Refuses a loss that is not finite; `what` names it, `step` is the step that it belongs to.
+pub fn check_finite(what: &str, loss: f64, step: usize) -> Result<()> {
     if loss.is_finite() {
         return Ok(());
     }
-    Err(Error::failed(
-        format!("training loss is {loss}"),
-        format!("step {step}"),
-        "a finite loss (resume from the last checkpoint with a lower learning rate)",
-    ))
+    Err(Error::failed(format!("{what} is {loss}"), format!("step {step}"), EXPECTED))
+}
+
+/// Refuses parameters that are not finite, so that no checkpoint holds them; `step` made them.
+pub fn check_finite_params(params: &[HostTensor], step: usize) -> Result<()> {
+    let is_finite = |tensor: &&HostTensor| match tensor.dtype {
+        HostType::F32 => {
+            tensor.bytes.chunks_exact(4).all(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite())
+        }
+        _ => tensor.to_f64().iter().all(|value| value.is_finite()),
+    };
+    match params.iter().find(|tensor| !is_finite(tensor)) {
+        None => Ok(()),
+        Some(tensor) => Err(Error::failed(
+            format!("parameter {} is not finite", tensor.name),
+            format!("step {step}"),
+            EXPECTED,
+        )),
+    }
 }

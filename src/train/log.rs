@@ -46,8 +46,17 @@ impl RunLog {
 
     /// Writes one line; control characters in it (a file name may hold some) become spaces.
     pub fn line(&mut self, line: &str) -> Result<()> {
-        let mut line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let line = printable(line);
         (self.echo)(&line);
+        self.write(line)
+    }
+
+    /// Writes one line to the file alone.
+    pub fn note(&mut self, line: &str) -> Result<()> {
+        self.write(printable(line))
+    }
+
+    fn write(&mut self, mut line: String) -> Result<()> {
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(|error| Error::write(&self.path, &error))
     }
@@ -56,6 +65,10 @@ impl RunLog {
     pub fn lines(&mut self, text: &str) -> Result<()> {
         text.lines().try_for_each(|line| self.line(line))
     }
+}
+
+fn printable(line: &str) -> String {
+    line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Whether the challenge logs the training loss after `step` completed steps: the first ten, every `every`-th, and the

@@ -1,9 +1,9 @@
 //! The run: warm-up, steps, validation, logs, checkpoints, and the ways to stop (spec/challenge.md section 4).
 
-use super::checkpoint::{Checkpoint, Progress, write_tensors};
+use super::checkpoint::{self, Checkpoint, DataSource, Progress};
 use super::log::{Echo, Metric, Metrics, RunLog, lines, logs_step};
 use super::step::{Span, Trainer};
-use super::{guards, run};
+use super::{guards, resume, run, tensors_file};
 use crate::backend::{self, Job, Target};
 use crate::data::byte_table::ByteTable;
 use crate::data::folder::{DataFolder, Split};
@@ -14,11 +14,13 @@ use crate::eval::{self, full::Score};
 use crate::host::HostTensor;
 use crate::model::{Model, params};
 use crate::ops::Plain;
-use crate::optim::{OptimizerState, Optimizers, STATE_PREFIXES, schedule};
+use crate::optim::{Optimizers, schedule};
 use crate::recipe::Recipe;
 use crate::report::curve;
-use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use serde::Serializer;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// What to train, on what, and where to leave it.
@@ -41,6 +43,8 @@ pub struct Options {
     pub save_every: usize,
     /// Where the log's lines are shown.
     pub echo: Echo,
+    /// Where warnings are shown, a line each; they are in the log too.
+    pub warn: Echo,
 }
 
 /// How far a run is, for a progress bar.
@@ -82,15 +86,23 @@ pub struct Summary {
     /// Most device memory in use, in bytes.
     pub peak_memory_bytes: Option<u64>,
     /// The run's folder.
+    #[serde(serialize_with = "lossy")]
     pub out: PathBuf,
+}
+
+/// A path as text: a name that is not UTF-8 is no reason to lose a report.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// Trains on the target device. `observe` is told of every step.
 ///
 /// On an interrupt the step is finished and a checkpoint saved before [`Error::Interrupted`] is returned.
 pub fn train(options: Options, target: &Target, observe: &mut dyn FnMut(&Status)) -> Result<Summary> {
+    options.recipe.validate()?;
     let micro_batch = micro_sequences(&options)? * options.recipe.train_seq_len;
-    let trained = backend::run(target, TrainJob { options, observe, started: Instant::now() });
+    let job = TrainJob { options, observe, started: Instant::now() };
+    let trained = backend::guard(target, || backend::run(target, job));
     trained.map_err(|error| {
         if !backend::is_out_of_memory(&error) {
             return error;
@@ -136,6 +148,7 @@ struct Data {
     stream: TokenStream,
     val: ValTokens,
     table: ByteTable,
+    source: DataSource,
 }
 
 struct Session<'a, P: Plain> {
@@ -145,12 +158,19 @@ struct Session<'a, P: Plain> {
     target: &'a Target,
     trainer: Trainer<P>,
     data: Data,
+    tokenizer: Tokenizer,
     log: RunLog,
     metrics: Metrics,
+    /// Files of an older run in the folder, or older weights of this one: they go when newer ones are whole.
+    replaced: Vec<PathBuf>,
     /// Completed steps, and the training time that they took.
     step: usize,
     train_ms: f64,
     train_loss: Option<f64>,
+    /// The numbers of the last step.
+    row: Metric,
+    /// The step of the last checkpoint that was saved.
+    saved: Option<usize>,
     /// Steps and time of this process, for its speed.
     first_step: usize,
     first_ms: f64,
@@ -163,32 +183,41 @@ struct Session<'a, P: Plain> {
 impl<'a, P: Plain> Session<'a, P> {
     fn open(options: Options, device: &P::Device, target: &'a Target, started: Instant) -> Result<Self> {
         let micro_sequences = micro_sequences(&options)?;
-        let Options { recipe, out, .. } = options;
-        recipe.validate()?;
+        let Options { recipe, out, mut warn, tokenizer, .. } = options;
         let folder = DataFolder::open(&options.data)?;
-        folder.check_tokenizer(&options.tokenizer)?;
+        folder.check_tokenizer(&tokenizer)?;
         let data = Data {
             stream: folder.train(recipe.vocab_size)?,
             val: folder.val(recipe.train_seq_len, recipe.vocab_size)?,
-            table: ByteTable::new(&options.tokenizer, recipe.vocab_size)?,
+            table: ByteTable::new(&tokenizer, recipe.vocab_size)?,
+            source: DataSource::of(&folder, &options.tokenizer_name)?,
         };
         let mut warnings = Vec::new();
-        let checkpoint = match &options.resume {
-            Some(dir) => Some(Checkpoint::latest(dir, &mut |line| warnings.push(line.to_string()))?),
+        let mut note = |line: &str| {
+            warn(line);
+            warnings.push(format!("warning: {line}"));
+        };
+        let resumed = match &options.resume {
+            Some(dir) => Some(checkpoint::newest(dir, &mut note, Checkpoint::load)?.1),
             None => None,
         };
-        if let Some(checkpoint) = &checkpoint {
-            check_same_run(&recipe, &checkpoint.progress.recipe_toml)?;
+        if let Some(checkpoint) = &resumed {
+            resume::check_same_run(&recipe, &data.source, &checkpoint.progress)?;
         }
         let model = Model::<P>::new(&recipe, device, target.precision.dtype())?;
         let optimizers = Optimizers::new(&recipe, &model);
         let trainer = Trainer { model, optimizers, seq_len: recipe.train_seq_len, micro_sequences };
-        let resumed = options.resume.as_ref() == Some(&out);
-        let metrics = match &checkpoint {
-            Some(checkpoint) if resumed => Metrics::resume(&out, checkpoint.progress.step)?,
+        let in_place = options.resume.as_ref().is_some_and(|dir| is_same_folder(dir, &out));
+        let metrics = match &resumed {
+            Some(checkpoint) if in_place => Metrics::resume(&out, checkpoint.progress.step)?,
             _ => Metrics::create(&out)?,
         };
-        let log = RunLog::open(&out, resumed, options.echo)?;
+        let log = RunLog::open(&out, in_place, options.echo)?;
+        let mut replaced = if in_place { Vec::new() } else { checkpoint::list(&out) };
+        replaced.extend(Some(out.join(run::FINAL)).filter(|last| last.exists()));
+        if in_place || replaced.is_empty() {
+            run::save_identity(&out, &recipe, &tokenizer)?;
+        }
         let mut session = Self {
             recipe,
             out,
@@ -196,11 +225,15 @@ impl<'a, P: Plain> Session<'a, P> {
             target,
             trainer,
             data,
+            tokenizer,
             log,
             metrics,
+            replaced,
             step: 0,
             train_ms: 0.0,
             train_loss: None,
+            row: Metric::default(),
+            saved: None,
             first_step: 0,
             first_ms: 0.0,
             started,
@@ -208,22 +241,32 @@ impl<'a, P: Plain> Session<'a, P> {
             peak: None,
             last_val: None,
         };
-        crate::files::write_atomic(&session.out.join("recipe.toml"), session.recipe.to_toml().as_bytes())?;
-        run::save_tokenizer(&session.out, &options.tokenizer)?;
-        session.log_header(&folder, &options.tokenizer, &options.tokenizer_name)?;
-        for warning in warnings {
-            session.log.line(&format!("warning: {warning}"))?;
-        }
-        if let Some(checkpoint) = checkpoint {
-            session.restore(checkpoint)?;
+        session.log_header(&folder, &options.tokenizer_name)?;
+        warnings.iter().try_for_each(|warning| session.log.note(warning))?;
+        if let Some(Checkpoint { progress, params, state }) = resumed {
+            resume::restore(&mut session.trainer, &progress, &params, &state)?;
+            session.data.stream.seek(progress.position)?;
+            (session.step, session.train_ms) = (progress.step, progress.train_ms);
+            session.train_loss = progress.train_loss;
+            session.row = Metric {
+                step: progress.step,
+                train_loss: progress.train_loss.unwrap_or(f64::NAN),
+                ..Metric::default()
+            };
+            session
+                .log
+                .line(&format!("resumed at step:{} train_time:{:.0}ms", session.step, session.train_ms))?;
         }
         Ok(session)
     }
 
-    fn log_header(&mut self, folder: &DataFolder, tokenizer: &Tokenizer, name: &str) -> Result<()> {
+    fn log_header(&mut self, folder: &DataFolder, tokenizer_name: &str) -> Result<()> {
         self.log.lines(&self.recipe.to_toml())?;
-        self.log.line(&format!("device: {} precision:{} ({})", self.target.label, self.target.precision, self.target.why))?;
-        self.log.line(&lines::val_bpb_enabled(tokenizer.kind(), name.as_ref()))?;
+        self.log.line(&format!(
+            "device: {} precision:{} ({})",
+            self.target.label, self.target.precision, self.target.why
+        ))?;
+        self.log.line(&lines::val_bpb_enabled(self.tokenizer.kind(), tokenizer_name.as_ref()))?;
         self.log.line(&lines::train_loader(folder.dir(), folder.shards(Split::Train).len()))?;
         let targets = self.data.val.sequences() * self.data.val.seq_len();
         self.log.line(&lines::val_loader(&folder.dir().join("fineweb_val_*.bin"), targets as u64))?;
@@ -239,7 +282,8 @@ impl<'a, P: Plain> Session<'a, P> {
         let mut stop_after = None;
         let mut clock = Instant::now();
         loop {
-            let last = self.step == self.recipe.iterations || stop_after.is_some_and(|stop| self.step >= stop);
+            let last =
+                self.step == self.recipe.iterations || stop_after.is_some_and(|stop| self.step >= stop);
             let every = self.recipe.val_loss_every;
             if last || (every > 0 && self.step.is_multiple_of(every)) {
                 self.train_ms += milliseconds(clock);
@@ -266,23 +310,23 @@ impl<'a, P: Plain> Session<'a, P> {
                 stop_after = Some(self.step);
             }
             let status = self.status(train_ms);
+            self.row = Metric {
+                step: self.step,
+                train_loss: loss,
+                lr_mul,
+                step_ms: train_ms / self.step as f64,
+                tokens_per_s: status.tokens_per_s,
+                ..Metric::default()
+            };
             if logs_step(self.step, self.recipe.train_log_every, stop_after.is_some()) {
                 self.log.line(&lines::trained(self.step, self.recipe.iterations, loss, train_ms))?;
-                self.metrics.record(Metric {
-                    step: self.step,
-                    train_loss: loss,
-                    lr_mul,
-                    step_ms: train_ms / self.step as f64,
-                    tokens_per_s: status.tokens_per_s,
-                    ..Metric::default()
-                })?;
+                self.metrics.record(self.row)?;
             }
             observe(&status);
             let due = self.save_every > 0 && self.step.is_multiple_of(self.save_every);
             if due || guards::interrupted() {
                 self.train_ms += milliseconds(clock);
-                let path = self.checkpoint()?;
-                guards::check_interrupt(&format!("step {} saved in {}", self.step, path.display()))?;
+                self.save_and_check_interrupt()?;
                 clock = Instant::now();
             }
         }
@@ -328,20 +372,15 @@ impl<'a, P: Plain> Session<'a, P> {
             eval::full::score(&self.trainer.model, &self.data.val, &self.data.table, batch, &mut progress);
         let score = match scored {
             Err(Error::Interrupted { .. }) => {
-                let path = self.checkpoint()?;
-                return guards::check_interrupt(&format!("step {} saved in {}", self.step, path.display()));
+                return self.save_and_check_interrupt();
             }
             other => other?,
         };
+        guards::check_finite("validation loss", score.val_loss, self.step)?;
         self.note_memory();
         let (loss, bpb) = (score.val_loss, score.val_bpb);
         self.log.line(&lines::validated(self.step, self.recipe.iterations, loss, bpb, self.train_ms))?;
-        self.metrics.record(Metric {
-            step: self.step,
-            val_loss: Some(loss),
-            val_bpb: Some(bpb),
-            ..Metric::default()
-        })?;
+        self.metrics.record(Metric { val_loss: Some(loss), val_bpb: Some(bpb), ..self.row })?;
         self.last_val = Some(score);
         Ok(())
     }
@@ -377,13 +416,19 @@ impl<'a, P: Plain> Session<'a, P> {
         }
     }
 
-    fn checkpoint(&self) -> Result<PathBuf> {
-        let state = self.trainer.optimizers.state();
+    /// Saves a checkpoint; an error that says where it is if the run was interrupted.
+    fn save_and_check_interrupt(&mut self) -> Result<()> {
+        let path = self.checkpoint(self.trainer.model.params().to_host()?)?;
+        guards::check_interrupt(&format!("step {} saved in {}", self.step, path.display()))
+    }
+
+    fn checkpoint(&mut self, params: Vec<HostTensor>) -> Result<PathBuf> {
+        guards::check_finite_params(&params, self.step)?;
         let mut state_steps = BTreeMap::new();
-        let mut rows = Vec::new();
-        for (name, row, steps) in state.rows() {
+        let mut state = Vec::new();
+        for (name, row, steps) in self.trainer.optimizers.state().rows() {
             state_steps.insert(name.clone(), *steps);
-            rows.push(params::to_host(name, &row.dims(), row.clone())?);
+            state.push(params::to_host(name, &row.dims(), row.clone())?);
         }
         let progress = Progress {
             step: self.step,
@@ -392,38 +437,34 @@ impl<'a, P: Plain> Session<'a, P> {
             train_loss: self.train_loss,
             state_steps,
             recipe_toml: self.recipe.to_toml(),
+            data: self.data.source.clone(),
         };
-        Checkpoint { progress, params: self.trainer.model.params().to_host()?, state: rows }.save(&self.out)
+        let path = Checkpoint { progress, params, state }.save(&self.out)?;
+        self.saved = Some(self.step);
+        self.claim(&path)?;
+        self.draw_curve()?;
+        Ok(path)
     }
 
-    fn restore(&mut self, checkpoint: Checkpoint) -> Result<()> {
-        let Checkpoint { progress, params, state } = checkpoint;
-        let model = &self.trainer.model;
-        model.params().load(&params, "the checkpoint")?;
-        let mut restored = OptimizerState::default();
-        for tensor in &state {
-            let name = &tensor.name;
-            let param = STATE_PREFIXES.iter().find_map(|prefix| model.params().get(name.strip_prefix(prefix)?));
-            let Some(param) = param else {
-                return Err(Error::input(format!("unknown state {name}"), "the checkpoint", "the recipe's own"));
-            };
-            tensor.expect_shape(&[param.numel()], "the checkpoint")?;
-            let row = params::from_host(tensor, model.device(), param.master_type());
-            let steps = progress.state_steps.get(name).copied().unwrap_or(0);
-            restored.push(name.clone(), row, steps);
+    /// Makes the folder this run's alone, now that its own weights are whole in the file `whole`.
+    fn claim(&mut self, whole: &Path) -> Result<()> {
+        if !self.replaced.is_empty() {
+            run::save_identity(&self.out, &self.recipe, &self.tokenizer)?;
         }
-        self.trainer.optimizers.restore(restored);
-        self.data.stream.seek(progress.position)?;
-        (self.step, self.train_ms, self.train_loss) = (progress.step, progress.train_ms, progress.train_loss);
-        if self.step > self.recipe.iterations {
-            return Err(Error::input(
-                format!("iterations={} is before the checkpoint's step {}", self.recipe.iterations, self.step),
-                "iterations",
-                "more steps than are done",
-            ));
+        for old in self.replaced.drain(..).filter(|old| old != whole) {
+            let _ = fs::remove_file(old);
         }
-        let line = format!("resumed at step:{} train_time:{:.0}ms", self.step, self.train_ms);
-        self.log.line(&line)
+        Ok(())
+    }
+
+    fn draw_curve(&self) -> Result<()> {
+        let point = |row: &Metric| curve::Point {
+            step: row.step,
+            train_loss: Some(row.train_loss),
+            val_bpb: row.val_bpb,
+        };
+        let points: Vec<curve::Point> = self.metrics.rows().iter().map(point).collect();
+        curve::draw(&points, &self.out.join("curve.svg"), &self.recipe.name)
     }
 
     /// Leaves the final files and reports.
@@ -431,17 +472,15 @@ impl<'a, P: Plain> Session<'a, P> {
         if let Some(peak) = self.peak {
             self.log.line(&lines::peak_memory(peak.in_use, peak.reserved))?;
         }
-        self.checkpoint()?;
         let params = self.trainer.model.params().to_host()?;
-        let tensors: Vec<&HostTensor> = params.iter().collect();
-        write_tensors(&self.out.join(run::FINAL), &tensors, HashMap::new())?;
-        let point = |row: &Metric| curve::Point {
-            step: row.step,
-            train_loss: Some(row.train_loss),
-            val_bpb: row.val_bpb,
-        };
-        let points: Vec<curve::Point> = self.metrics.rows().iter().map(point).collect();
-        curve::draw(&points, &self.out.join("curve.svg"), &self.recipe.name)?;
+        guards::check_finite_params(&params, self.step)?;
+        let last = self.out.join(run::FINAL);
+        tensors_file::write(&last, &params.iter().collect::<Vec<_>>(), BTreeMap::new())?;
+        self.claim(&last)?;
+        if self.saved != Some(self.step) {
+            self.checkpoint(params)?;
+        }
+        self.draw_curve()?;
         let steps = self.step - self.first_step;
         let speed = |value: f64| (steps > 0).then_some(value);
         let score = self.last_val;
@@ -459,31 +498,8 @@ impl<'a, P: Plain> Session<'a, P> {
     }
 }
 
-/// Keys that may change when a run is resumed: how long it goes on, and what it reports on the way.
-const FREE_KEYS: [&str; 8] = [
-    "name",
-    "summary",
-    "iterations",
-    "max_wallclock_seconds",
-    "warmup_steps",
-    "val_batch_size",
-    "val_loss_every",
-    "train_log_every",
-];
-
-/// Refuses a recipe that is not the checkpoint's where it would change what was computed so far.
-fn check_same_run(recipe: &Recipe, saved: &str) -> Result<()> {
-    let saved = Recipe::from_toml(saved, "the checkpoint".as_ref())?;
-    for key in crate::recipe::keys().iter().filter(|key| !FREE_KEYS.contains(&key.name)) {
-        if key.value(recipe) != key.value(&saved) {
-            return Err(Error::input(
-                format!("{} differs from the resumed run's", key.name),
-                format!("recipe key {}", key.name),
-                "the value that the run was started with",
-            ));
-        }
-    }
-    Ok(())
+fn is_same_folder(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 fn milliseconds(since: Instant) -> f64 {

@@ -58,7 +58,7 @@ impl<P: Plain> Trainer<P> {
     /// in which case nothing is updated.
     pub fn step(&mut self, spans: &[Span], lr_mul: f64, muon_momentum: f64, step: usize) -> Result<f64> {
         let loss = self.accumulate(spans)?;
-        check_finite(loss, step)?;
+        check_finite("training loss", loss, step)?;
         self.optimizers.step(lr_mul, muon_momentum);
         Ok(loss)
     }

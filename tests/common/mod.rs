@@ -22,7 +22,8 @@ pub fn targets() -> Vec<Target> {
             "wgpu" => (DeviceChoice::Wgpu(Some(number)), &[Precision::F32]),
             _ => (DeviceChoice::Cuda(Some(number)), &[Precision::F32, Precision::Bf16]),
         };
-        targets.extend(precisions.iter().map(|p| resolve(&choice, Some(*p)).expect("a device that is there")));
+        targets
+            .extend(precisions.iter().map(|p| resolve(&choice, Some(*p)).expect("a device that is there")));
     }
     targets
 }
