@@ -1,1 +1,209 @@
+//! `parity --fixtures`: the core set of other people's numbers on every device, and the full set where it is at hand.
 
+mod common;
+
+use common::targets;
+use fairway::Result;
+use fairway::backend::cpu::Cpu;
+use fairway::backend::{Job, Precision, Target, run};
+use fairway::ops::Plain;
+use fairway::parity::{self, Options, Report, Row};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const KINDS: [&str; 13] = [
+    "data.byte_table",
+    "model.challenge",
+    "op.attn_causal_gqa",
+    "op.attn_qknorm_rope_gain_gqa",
+    "op.relu2_mlp",
+    "op.rmsnorm",
+    "op.rope",
+    "op.softcap_xent",
+    "optim.adamw",
+    "optim.muon",
+    "optim.newton_schulz",
+    "quant.int8",
+    "train.challenge",
+];
+
+fn core() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// A place in the reference data, or nothing, saying so.
+fn shared(name: &str) -> Option<PathBuf> {
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+    let path = std::env::var_os("FAIRWAY_SHARED").map_or_else(beside, PathBuf::from).join(name);
+    if !path.exists() {
+        println!("skipped: {} is not there", path.display());
+        return None;
+    }
+    Some(path)
+}
+
+fn options(precision: Precision) -> Options {
+    Options { only: None, tokenizers: shared("tokenizers"), precision: precision.dtype() }
+}
+
+fn run_cpu(dir: &Path, options: &Options) -> Result<Report> {
+    let mut told = 0;
+    let report = parity::run::<Cpu>(dir, options, &Default::default(), &mut |_| told += 1)?;
+    assert_eq!(told, report.rows.len(), "every row is told as it is known");
+    assert_eq!(report.passed + report.failed, told);
+    Ok(report)
+}
+
+struct Parity(PathBuf, Options);
+
+impl Job for Parity {
+    type Output = Report;
+
+    fn run<B: Plain>(self, device: &B::Device, _: &Target) -> Result<Report> {
+        parity::run::<B>(&self.0, &self.1, device, &mut |_| {})
+    }
+}
+
+/// The rows that failed, without the byte table's where there are no tokenizer models.
+fn failures(report: &Report) -> Vec<&Row> {
+    let excused = |row: &Row| row.fixture == "chal_bpb_luts_sp1024" && shared("tokenizers").is_none();
+    report.rows.iter().filter(|row| !row.ok && !excused(row)).collect()
+}
+
+fn index_of(dir: &Path) -> BTreeMap<String, Value> {
+    let read = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(dir.join(name)).expect("an index")).expect("JSON")
+    };
+    let names = ["index.json", "index_seeds.json"];
+    let entries = names.iter().flat_map(|name| read(name)["fixtures"].as_object().expect("fixtures").clone());
+    entries.collect()
+}
+
+/// The worst share of the tolerance that each kind uses.
+fn worst_by_kind(dir: &Path, report: &Report) -> BTreeMap<String, f64> {
+    let index = index_of(dir);
+    let mut worst = BTreeMap::new();
+    for row in &report.rows {
+        let kind = index[&row.fixture]["kind"].as_str().expect("a kind").to_string();
+        let (Some(error), Some(tolerance)) = (row.error, row.tolerance) else { continue };
+        let share = if error == 0.0 { 0.0 } else { error / tolerance };
+        let known: &mut f64 = worst.entry(kind).or_default();
+        *known = known.max(share);
+    }
+    worst
+}
+
+#[test]
+fn the_core_set_has_every_kind_in_less_than_8_mb() {
+    let index = index_of(&core());
+    let kinds: BTreeSet<&str> = index.values().filter_map(|entry| entry["kind"].as_str()).collect();
+    assert_eq!(kinds, KINDS.into());
+    let files: Vec<_> = fs::read_dir(core()).unwrap().map(|entry| entry.unwrap()).collect();
+    let bytes: u64 = files.iter().map(|entry| entry.metadata().unwrap().len()).sum();
+    assert!(bytes < 8_000_000, "{bytes} bytes");
+    assert_eq!(files.len(), index.len() + 2, "a file for each fixture and two indices");
+}
+
+#[test]
+fn the_core_set_passes_on_every_device() {
+    for target in targets() {
+        if target.precision == Precision::Bf16 {
+            continue;
+        }
+        let report = run(&target, Parity(core(), options(target.precision))).expect("a run");
+        assert!(report.rows.len() > 400, "{} rows", report.rows.len());
+        let failed = failures(&report);
+        assert!(failed.is_empty(), "on {} in {}: {failed:#?}", target.label, target.precision);
+        let worst = worst_by_kind(&core(), &report);
+        for (kind, share) in &worst {
+            println!("{} in {}: {kind} uses {share:.1e} of its tolerance", target.label, target.precision);
+        }
+        // Tight enough that a wrong formula cannot hide in the tolerance; training from f32 runs is compared loosely.
+        if target.precision == Precision::F64 {
+            for kind in
+                KINDS.into_iter().filter(|kind| !["train.challenge", "model.challenge"].contains(kind))
+            {
+                assert!(worst.get(kind).copied().unwrap_or(0.0) < 1e-4, "{kind}: {worst:?}");
+            }
+            assert!(worst["model.challenge"] < 0.02 && worst["train.challenge"] < 0.6, "{worst:?}");
+        }
+    }
+}
+
+#[test]
+fn the_full_set_passes_in_every_kind_that_is_known() {
+    let Some(dir) = shared("fixtures") else { return };
+    let index = index_of(&dir);
+    for precision in [Precision::F64, Precision::F32] {
+        let report = run_cpu(&dir, &options(precision)).unwrap();
+        for row in &report.rows {
+            let kind = index[&row.fixture]["kind"].as_str().unwrap();
+            let note = row.note.as_deref().unwrap_or_default();
+            match KINDS.contains(&kind) {
+                true => assert!(row.ok, "{row:?}"),
+                false => assert!(!row.ok && note.starts_with(&format!("unknown kind {kind}")), "{row:?}"),
+            }
+        }
+        let run: BTreeSet<&str> = report.rows.iter().map(|row| row.fixture.as_str()).collect();
+        assert_eq!(run.len(), index.len());
+    }
+}
+
+#[test]
+fn a_second_run_gives_the_same_errors_to_the_last_bit() {
+    let options = Options { only: Some("*chal*".into()), ..options(Precision::F32) };
+    assert_eq!(run_cpu(&core(), &options).unwrap(), run_cpu(&core(), &options).unwrap());
+}
+
+#[test]
+fn only_takes_a_glob_of_names() {
+    let run = |glob: &str| run_cpu(&core(), &Options { only: Some(glob.into()), ..options(Precision::F64) });
+    let names = |glob: &str| -> Vec<String> {
+        let mut names: Vec<String> = run(glob).unwrap().rows.into_iter().map(|row| row.fixture).collect();
+        names.dedup();
+        names
+    };
+    assert_eq!(names("rope"), ["rope"]);
+    assert_eq!(names("muon3_????"), ["muon3_tall", "muon3_wide"]);
+    assert_eq!(names("newton*tall"), ["newton_schulz5_tall"]);
+    let error = run("nothing*").unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert_eq!(
+        error.to_string(),
+        "no fixture is named nothing*, --only, expected a glob that matches at least one of the 23 names"
+    );
+}
+
+#[test]
+fn a_tokenizer_is_found_by_its_sha256_or_missed_with_the_reason() {
+    let empty = tempfile::tempdir().unwrap();
+    fs::write(empty.path().join("other.model"), b"not it").unwrap();
+    let options = Options {
+        only: Some("chal_bpb*".into()),
+        tokenizers: Some(empty.path().into()),
+        ..options(Precision::F64)
+    };
+    let report = run_cpu(&core(), &options).unwrap();
+    assert_eq!((report.passed, report.failed), (0, 1));
+    let note = report.rows[0].note.as_deref().unwrap();
+    assert!(note.starts_with("no such tokenizer") && note.contains("4f5e8adb109c66b4"), "{note}");
+    let Some(tokenizers) = shared("tokenizers") else { return };
+    let report = run_cpu(&core(), &Options { tokenizers: Some(tokenizers), ..options }).unwrap();
+    assert_eq!((report.passed, report.failed), (3, 0));
+    assert!(report.rows.iter().all(|row| row.error == Some(0.0)));
+}
+
+#[test]
+fn a_float32_run_needs_its_float64_sibling_and_is_compared_absolutely() {
+    let options = Options { only: Some("tr_chal_train5_f32".into()), ..options(Precision::F64) };
+    let report = run_cpu(&core(), &options).unwrap();
+    assert_eq!(report.failed, 0);
+    let losses = report.rows.iter().find(|row| row.tensor == "out.losses").unwrap();
+    assert_eq!(losses.tolerance, Some(0.005043131039865756));
+    assert_eq!(losses.note.as_deref(), Some("absolute"));
+    assert!(losses.error.unwrap() > 1e-5, "f32 and f64 losses differ: {losses:?}");
+    assert!(report.rows.iter().any(|row| row.tensor == "muon_momentum" && row.ok));
+    assert!(report.rows.iter().any(|row| row.tensor == "groups.muon" && row.ok));
+}

@@ -266,7 +266,8 @@ fn a_micro_batch_changes_nothing_but_the_order_of_sums() {
 fn the_wallclock_schedule_warms_down_and_stops_at_the_cap() {
     let place = Place::with_data();
     let more = "--set iterations=1000000 --set max_wallclock_seconds=0.7 --set warmdown_iters=4 --set val_loss_every=0";
-    let ran = place.train("run", more).clean();
+    let ran = place.train("run", &format!("{more} --set name=<b>&\"x\"")).clean();
+    check_xml(&place.read_text("run/curve.svg"));
     let log = place.read_text("run/train.log");
     let stop = log.lines().find(|line| line.starts_with("stopping_early: ")).unwrap();
     assert!(fits(stop, "stopping_early: wallclock_cap train_time:{0}ms step:{0}/1000000"), "{stop}");

@@ -4,7 +4,7 @@ use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
 use super::matmul::{matmul, mixed_product};
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
-use super::{guard, kernel_cache, probe_cuda};
+use super::{guard, kernel_cache};
 use crate::error::Result;
 use crate::ops::*;
 use burn::tensor::{DType, Tensor};
@@ -18,10 +18,9 @@ pub(super) fn client(index: usize) -> ComputeClient<CudaRuntime> {
     CudaRuntime::client(&CudaDevice::new(index))
 }
 
-/// Starts the CUDA device of that number, once, with the kernel cache of its architecture.
+/// Starts the CUDA device of that number, once.
 pub(super) fn open(index: usize, label: &str) -> Result<CudaDevice> {
-    let capability = probe_cuda::devices().ok().and_then(|devices| Some(devices.get(index)?.capability));
-    kernel_cache::configure(capability);
+    kernel_cache::configure();
     guard::catch(|| client(index)).map_err(|message| guard::device_error(&message, label))?;
     Ok(CudaDevice::new(index))
 }

@@ -15,7 +15,7 @@ use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
 
 /// Opens the adapter of that number, once.
 pub(super) fn open(index: usize) -> Result<WgpuDevice> {
-    kernel_cache::configure(None);
+    kernel_cache::configure();
     probe_wgpu::open(index)
 }
 

@@ -20,6 +20,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum What {
     /// Each op with a kernel of its own, beside its reference
+    #[command(after_help = "Example: fairway bench ops --device wgpu")]
     Ops {
         /// Rows (tokens) of the tensors [default: 65536 on cuda, 4096 elsewhere]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
@@ -31,6 +32,7 @@ enum What {
         device: DeviceArgs,
     },
     /// A training step of a recipe, on random tokens
+    #[command(after_help = "Example: fairway bench step tiny --device cpu")]
     Step {
         /// A built-in recipe or a TOML file
         #[arg(default_value = "baseline")]
@@ -57,7 +59,7 @@ pub fn run(args: Args) -> Result<()> {
     if !json {
         DeviceArgs::announce(&target);
     }
-    let rows = backend::run(&target, BenchJob(args.what))?;
+    let rows = backend::guard(&target, || backend::run(&target, BenchJob(args.what)))?;
     if json {
         return output::json(&serde_json::json!({ "rows": rows }));
     }

@@ -53,10 +53,10 @@ enum Action {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         /// First documents kept for validation; 0 puts all in train shards [default: 50000, at most a tenth of them]
-        #[arg(long, value_name = "N")]
+        #[arg(long, allow_hyphen_values = true, value_name = "N")]
         val_docs: Option<u64>,
         /// Tokens of a full shard
-        #[arg(long, value_name = "N", default_value_t = DEFAULT_SHARD_TOKENS)]
+        #[arg(long, allow_hyphen_values = true, value_name = "N", default_value_t = DEFAULT_SHARD_TOKENS)]
         shard_tokens: u64,
         /// Print one JSON object
         #[arg(long)]
@@ -69,7 +69,7 @@ enum Action {
         #[arg(long, value_name = "NAME", default_value = "sp1024")]
         variant: String,
         /// First train shards to fetch (validation is always fetched whole)
-        #[arg(long, value_name = "N", default_value_t = DEFAULT_TRAIN_SHARDS)]
+        #[arg(long, allow_hyphen_values = true, value_name = "N", default_value_t = DEFAULT_TRAIN_SHARDS)]
         train_shards: usize,
         /// Use the manifest.json that is there
         #[arg(long)]

@@ -23,7 +23,7 @@ const PROMPT: &str = "This function returns ";
 #[command(after_help = "Example: fairway demo --minutes 1 --out runs/demo")]
 pub struct Args {
     /// Minutes of training
-    #[arg(long, value_name = "M", default_value_t = 2.0)]
+    #[arg(long, allow_hyphen_values = true, value_name = "M", default_value_t = 2.0)]
     minutes: f64,
     /// The run's folder
     #[arg(long, value_name = "DIR", default_value = "runs/demo")]

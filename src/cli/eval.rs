@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long, value_name = "MODE", default_value = "full")]
     mode: String,
     /// Tokens of one forward at most: a limit on memory
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, allow_hyphen_values = true, value_name = "TOKENS")]
     micro_batch: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
@@ -42,17 +42,25 @@ pub fn run(args: Args) -> Result<()> {
     let target = args.device.target()?;
     let source = Source::load(&args.model)?;
     let contents = &source.contents;
+    let time = contents.recipe.train_seq_len;
+    let batch = args.micro_batch.unwrap_or_else(|| contents.recipe.val_batch_tokens());
+    if batch < time {
+        return Err(Error::input(
+            format!("micro-batch of {batch} tokens"),
+            "--micro-batch",
+            format!("at least one sequence of train_seq_len={time} tokens"),
+        ));
+    }
     let data = match args.data {
         Some(data) => data,
         None => args::demo_data()?,
     };
     let folder = DataFolder::open(&data)?;
     check_tokenizer(contents, &folder)?;
-    let val = folder.val(contents.recipe.train_seq_len, contents.recipe.vocab_size)?;
+    let val = folder.val(time, contents.recipe.vocab_size)?;
     if !args.json {
         DeviceArgs::announce(&target);
     }
-    let batch = args.micro_batch.unwrap_or_else(|| contents.recipe.val_batch_tokens());
     let score = score(&source, &val, batch, &target)?;
     if args.json {
         return output::json(&serde_json::json!({

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 use crate::train::run::RunInspection;
 use crate::train::tensors_file::Entry;
+use std::fs;
 use std::path::Path;
 
 /// Show what a recipe, a run or an artifact is; opens no GPU
@@ -74,6 +75,9 @@ pub fn run(args: Args) -> Result<()> {
 
 /// A recipe; of a file that cannot be one the error says what else it could have been.
 fn load_recipe(what: &str, path: &Path) -> Result<Recipe> {
+    if fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0) {
+        return Err(Error::input("empty file", path.display(), "an artifact, a run or a recipe"));
+    }
     let is_toml = path.extension().is_some_and(|extension| extension == "toml");
     Recipe::load(what).map_err(|error| match error {
         Error::Input { what, place, .. } if path.is_file() && !is_toml => Error::input(

@@ -42,7 +42,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     if !json {
         DeviceArgs::announce(&target);
     }
-    let report = backend::run(&target, ParityJob(args))?;
+    let report = backend::guard(&target, || backend::run(&target, ParityJob(args)))?;
     if json {
         output::json(&report)?;
     } else {

@@ -20,13 +20,13 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     prompt: String,
     /// Tokens to draw
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, allow_hyphen_values = true, value_name = "N", default_value_t = 128)]
     tokens: usize,
     /// Divides the logits; 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    #[arg(long, allow_hyphen_values = true, value_name = "T", default_value_t = 0.8)]
     temperature: f64,
     /// Seed of the draws
-    #[arg(long, value_name = "S", default_value_t = 1337)]
+    #[arg(long, allow_hyphen_values = true, value_name = "S", default_value_t = 1337)]
     seed: u64,
     /// Print one JSON object
     #[arg(long)]

@@ -31,16 +31,16 @@ pub struct Args {
     #[arg(long, value_name = "FILE|byte")]
     tokenizer: Option<String>,
     /// Run N steps without a wallclock cap, as ITERATIONS=N does: the last warmdown_iters of them warm down; 0 writes the initial model
-    #[arg(long, value_name = "N")]
+    #[arg(long, allow_hyphen_values = true, value_name = "N")]
     steps: Option<usize>,
     /// Seed of the initial weights
-    #[arg(long, value_name = "S")]
+    #[arg(long, allow_hyphen_values = true, value_name = "S")]
     seed: Option<u64>,
     /// Tokens of one forward and backward at most: a limit on memory
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, allow_hyphen_values = true, value_name = "TOKENS")]
     micro_batch: Option<usize>,
     /// Steps between checkpoints (the last two are kept); 0 for only at the end and when interrupted
-    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(long, allow_hyphen_values = true, value_name = "N", default_value_t = 1000)]
     save_every: usize,
     /// The run's folder [default: the resumed one, or runs/RECIPE-N]
     #[arg(long, value_name = "DIR")]

@@ -62,7 +62,8 @@ pub fn softcap<B: burn::tensor::backend::Backend, const D: usize>(
     cap: Option<f64>,
 ) -> Tensor<B, D> {
     match cap {
-        Some(cap) => z.div_scalar(cap).tanh().mul_scalar(cap),
+        // Not a division: Burn differentiates one by a scalar with the scalar rounded to f32.
+        Some(cap) => z.mul_scalar(1.0 / cap).tanh().mul_scalar(cap),
         None => z,
     }
 }
@@ -114,7 +115,7 @@ pub fn backward<B: CrossEntropyOps>(
         let grad_nll = grad.clone().slice([range.clone()]).reshape([range.len(), 1]).cast(wide);
         let mut grad_z = (p - one_hot(target, vocab, wide)) * grad_nll;
         if let Some(cap) = cap {
-            let tanh = z.div_scalar(cap);
+            let tanh = z.mul_scalar(1.0 / cap);
             grad_z = grad_z * (tanh.clone() * tanh).neg().add_scalar(1.0);
         }
         let grad_z = grad_z.cast(dtype);

@@ -39,9 +39,8 @@ impl<B: Plain> EmbeddingOps for Autodiff<B> {
     fn embed(ids: Tensor<Self, 1, Int>, w: &Param<B>) -> Tensor<Self, 2> {
         let ids = ids.inner();
         let output = B::embed(ids.clone(), w);
-        if !w.is_trainable() {
-            return Tensor::from_inner(output);
-        }
+        // Also where this weight is frozen: what follows has weights of its own, which untracked inputs would leave
+        // without gradients.
         let weight = w.clone();
         rooted(output, move |grad| B::embed_backward(ids.clone(), &weight, grad))
     }

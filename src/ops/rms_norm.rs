@@ -46,12 +46,12 @@ pub fn backward<B: burn::tensor::backend::Backend>(
     let columns = x.dims()[1] as f64;
     let (x, grad) = (x.cast(accumulate_type(dtype)), grad.cast(accumulate_type(dtype)));
     let scale = inverse_rms(x.clone(), eps);
-    let projection = (x.clone() * grad.clone()).sum_dim(1).div_scalar(columns);
+    let projection = (x.clone() * grad.clone()).sum_dim(1).mul_scalar(1.0 / columns);
     let curvature = scale.clone() * scale.clone() * scale.clone() * projection;
     (grad * scale - x * curvature).cast(dtype)
 }
 
 fn inverse_rms<B: burn::tensor::backend::Backend>(x: Tensor<B, 2>, eps: f64) -> Tensor<B, 2> {
     let columns = x.dims()[1] as f64;
-    reciprocal((x.clone() * x).sum_dim(1).div_scalar(columns).add_scalar(eps).sqrt())
+    reciprocal((x.clone() * x).sum_dim(1).mul_scalar(1.0 / columns).add_scalar(eps).sqrt())
 }

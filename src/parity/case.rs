@@ -177,7 +177,11 @@ impl<'a, P: Plain> Case<'a, P> {
     pub fn matrix(&self, name: &str) -> Result<(Tensor<P, 2>, Vec<usize>)> {
         let tensor = self.host(name)?;
         let Some(&columns) = tensor.shape.last() else {
-            return Err(Error::input(format!("tensor {name} is a scalar"), "the file", "at least 1 dimension"));
+            return Err(Error::input(
+                format!("tensor {name} is a scalar"),
+                "the file",
+                "at least 1 dimension",
+            ));
         };
         let rows = tensor.numel() / columns;
         let flat = from_host::<P>(tensor, self.device, self.dtype);
@@ -203,7 +207,9 @@ impl<'a, P: Plain> Case<'a, P> {
         }
         let ids: Vec<i64> = tensor.to_f64().into_iter().map(|id| id as i64).collect();
         match ids.iter().find(|id| !(0..below as i64).contains(id)) {
-            Some(id) => Err(Error::input(format!("{name} holds {id}"), "the file", format!("0 to {}", below - 1))),
+            Some(id) => {
+                Err(Error::input(format!("{name} holds {id}"), "the file", format!("0 to {}", below - 1)))
+            }
             None => Ok((ids, tensor.shape.clone())),
         }
     }
@@ -237,7 +243,14 @@ impl<'a, P: Plain> Case<'a, P> {
     pub fn fact(&mut self, key: String, error: f64, bound: f64, note: Option<String>) {
         let ok = error <= bound;
         let note = note.filter(|_| !ok);
-        self.facts.push(Row { tensor: key, error: Some(error), tolerance: Some(bound), ok, note, ..self.blank() });
+        self.facts.push(Row {
+            tensor: key,
+            error: Some(error),
+            tolerance: Some(bound),
+            ok,
+            note,
+            ..self.blank()
+        });
     }
 }
 

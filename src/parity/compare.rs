@@ -41,7 +41,10 @@ impl Finding {
 pub(super) fn compare(got: &HostTensor, expected: &HostTensor, tolerance: Tolerance) -> Finding {
     let single = got.numel() == 1 && expected.numel() == 1;
     if got.shape != expected.shape && !single {
-        return Finding::refused(format!("the result has shape {:?}, expected {:?}", got.shape, expected.shape));
+        return Finding::refused(format!(
+            "the result has shape {:?}, expected {:?}",
+            got.shape, expected.shape
+        ));
     }
     let (values, wanted) = (got.to_f64(), expected.to_f64());
     if let Some(at) = wanted.iter().position(|value| !value.is_finite()) {

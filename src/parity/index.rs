@@ -35,7 +35,11 @@ impl Index {
             }
         }
         if entries.is_empty() {
-            return Err(Error::input("no fixture is listed", dir.display(), "at least one in an index*.json"));
+            return Err(Error::input(
+                "no fixture is listed",
+                dir.display(),
+                "at least one in an index*.json",
+            ));
         }
         Ok(Self { entries })
     }
@@ -91,8 +95,9 @@ fn read_index(path: &Path) -> Result<Map<String, Value>> {
     if bytes.len() as u64 > LARGEST_INDEX {
         return Err(Error::input("file too large", path.display(), "an index of at most 64 MiB"));
     }
-    let index: Value = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::input(format!("not JSON ({error})"), path.display(), "an index of fixtures"))?;
+    let index: Value = serde_json::from_slice(&bytes).map_err(|error| {
+        Error::input(format!("not JSON ({error})"), path.display(), "an index of fixtures")
+    })?;
     let Value::Object(mut index) = index else {
         return Err(Error::input("not a JSON object", path.display(), "an object with the key fixtures"));
     };
@@ -164,13 +169,13 @@ impl Entry {
     }
 
     /// The tensors that the file should hold, with their shapes where the index says them.
-    pub fn tensors(&self) -> Result<Vec<(&str, Option<Vec<usize>>)>> {
+    pub fn tensors(&self) -> Result<impl Iterator<Item = (&str, Option<Vec<usize>>)>> {
         let shape = |value: &Value| -> Option<Vec<usize>> {
             let sizes = value.get(1)?.as_array()?.iter();
             sizes.map(|size| size.as_u64().and_then(|size| size.try_into().ok())).collect()
         };
         let section = self.section("tensors")?;
-        Ok(section.iter().map(|(name, value)| (name, shape(value))).collect())
+        Ok(section.iter().map(move |(name, value)| (name, shape(value))))
     }
 }
 
@@ -296,9 +301,15 @@ mod tests {
         ] {
             assert!(glob_matches(glob, name), "{glob} {name}");
         }
-        for (glob, name) in
-            [("", "a"), ("a", "ab"), ("?", ""), ("a?c", "ac"), ("*b", "abc"), ("tr_*_f64", "tr_chal_f64_x"), ("A", "a")]
-        {
+        for (glob, name) in [
+            ("", "a"),
+            ("a", "ab"),
+            ("?", ""),
+            ("a?c", "ac"),
+            ("*b", "abc"),
+            ("tr_*_f64", "tr_chal_f64_x"),
+            ("A", "a"),
+        ] {
             assert!(!glob_matches(glob, name), "{glob} {name}");
         }
         // Quadratic at worst, never exponential.

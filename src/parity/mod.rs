@@ -97,26 +97,37 @@ fn refused(fixture: &str, error: &Error) -> Row {
     }
 }
 
+/// What runs the fixtures of a kind.
+type Solve<P> = fn(&mut Case<'_, P>) -> Result<()>;
+
+/// Every kind that is known.
+fn kinds<P: Plain>() -> [(&'static str, Solve<P>); 13] {
+    [
+        ("data.byte_table", data::byte_table),
+        ("model.challenge", model::challenge),
+        ("op.attn_causal_gqa", ops::causal_attention),
+        ("op.attn_qknorm_rope_gain_gqa", ops::normed_attention),
+        ("op.relu2_mlp", ops::relu_squared_mlp),
+        ("op.rmsnorm", ops::rms_norm),
+        ("op.rope", ops::rope),
+        ("op.softcap_xent", ops::cross_entropy),
+        ("optim.adamw", optim::adamw),
+        ("optim.muon", optim::muon),
+        ("optim.newton_schulz", optim::newton_schulz),
+        ("quant.int8", quant::int8),
+        ("train.challenge", train::challenge),
+    ]
+}
+
 /// Runs what the entry's kind names.
 fn solve<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
-    match case.entry.kind()? {
-        "data.byte_table" => data::byte_table(case),
-        "model.challenge" => model::challenge(case),
-        "op.attn_causal_gqa" => ops::causal_attention(case),
-        "op.attn_qknorm_rope_gain_gqa" => ops::normed_attention(case),
-        "op.relu2_mlp" => ops::relu_squared_mlp(case),
-        "op.rmsnorm" => ops::rms_norm(case),
-        "op.rope" => ops::rope(case),
-        "op.softcap_xent" => ops::cross_entropy(case),
-        "optim.adamw" => optim::adamw(case),
-        "optim.muon" => optim::muon(case),
-        "optim.newton_schulz" => optim::newton_schulz(case),
-        "quant.int8" => quant::int8(case),
-        "train.challenge" => train::challenge(case),
-        kind => Err(Error::input(
-            format!("unknown kind {kind}"),
-            "the entry",
-            "data.byte_table, model.challenge, op.*, optim.*, quant.int8 or train.challenge of the README",
-        )),
+    let kind = case.entry.kind()?;
+    let kinds = kinds::<P>();
+    match kinds.iter().find(|(name, _)| *name == kind) {
+        Some((_, solve)) => solve(case),
+        None => {
+            let known: Vec<&str> = kinds.iter().map(|(name, _)| *name).collect();
+            Err(Error::input(format!("unknown kind {kind}"), "the entry", known.join(", ")))
+        }
     }
 }

@@ -52,7 +52,12 @@ pub(super) fn recipe<P: Plain>(case: &Case<'_, P>, [spans, batch, time]: [usize;
     recipe.grad_accum_steps = spans;
     recipe.train_batch_tokens = spans * batch * time;
     recipe.val_batch_size = recipe.train_batch_tokens;
-    recipe.validate()?;
+    checked(recipe, "config")
+}
+
+/// The recipe, if it can be built; `place` is where what it lacks comes from.
+pub(super) fn checked(recipe: Recipe, place: &str) -> Result<Recipe> {
+    recipe.validate().map_err(|error| placed(error, place))?;
     Ok(recipe)
 }
 

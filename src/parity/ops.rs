@@ -6,8 +6,8 @@ use crate::ops::cross_entropy::softcap;
 use crate::ops::rms_norm::EPS;
 use crate::ops::rope::RopeTable;
 use crate::ops::{
-    ActivationOps, AttentionOps, Autodiff, CrossEntropyOps, LinearOps, Param, Plain, ResidualOps,
-    RmsNormOps, RopeOps, reduce,
+    ActivationOps, AttentionOps, Autodiff, CrossEntropyOps, LinearOps, Param, Plain, ResidualOps, RmsNormOps,
+    RopeOps, reduce,
 };
 use burn::tensor::{DType, Tensor};
 

@@ -44,7 +44,11 @@ impl Series {
             case.give(&format!("{}{taken}", self.results), shape, Some(param.flat()))?;
         }
         if taken == 0 {
-            return Err(Error::input(format!("no tensor {}0", self.grads), "the file", "a gradient for each step"));
+            return Err(Error::input(
+                format!("no tensor {}0", self.grads),
+                "the file",
+                "a gradient for each step",
+            ));
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::case::{Case, integers};
 use super::compare::Tolerance;
 use super::fixture::Tensors;
-use super::model::{Batch, build, mean_loss, recipe};
+use super::model::{Batch, build, checked, mean_loss, recipe};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::model::Model;
@@ -61,8 +61,8 @@ fn set_tolerances<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
         return Ok(());
     }
     let stem = case.name.strip_suffix("_f64").unwrap_or(case.name);
-    let sibling = case.index.get(&format!("{stem}_f32"));
-    let entry = if is_float32 { case.entry } else { sibling.unwrap_or(case.entry) };
+    let sibling = || case.index.get(&format!("{stem}_f32"));
+    let Some(entry) = is_float32.then_some(case.entry).or_else(sibling) else { return Ok(()) };
     let bound = |key| Ok(Tolerance::Absolute(entry.bound(key)?));
     let [params, losses] = [bound("tol_abs_params")?, bound("tol_abs_losses")?];
     case.tolerate("", params);
@@ -87,7 +87,7 @@ impl<P: Plain> Run<P> {
         let sizes = [steps, spans, batch, time];
         let mut recipe = recipe(case, [spans, batch, time])?;
         set_hyper(case, &mut recipe, steps)?;
-        recipe.validate()?;
+        let recipe = checked(recipe, "hyper")?;
         case.expect_shape("in.targets", &sizes)?;
         let (ids, _) = case.ids("in.ids", recipe.vocab_size)?;
         let (targets, _) = case.ids("in.targets", recipe.vocab_size)?;

@@ -83,7 +83,7 @@ pub struct Summary {
     pub step_ms: Option<f64>,
     /// Seconds from the start of the run to its first finished step.
     pub first_step_s: Option<f64>,
-    /// Most device memory in use, in bytes.
+    /// Most device memory held, in bytes: on a GPU the pools, which grow to the peak of use.
     pub peak_memory_bytes: Option<u64>,
     /// The run's folder.
     #[serde(serialize_with = "lossy")]
@@ -186,7 +186,7 @@ impl<'a, P: Plain> Session<'a, P> {
         let Options { recipe, out, mut warn, tokenizer, .. } = options;
         let folder = DataFolder::open(&options.data)?;
         folder.check_tokenizer(&tokenizer)?;
-        let data = Data {
+        let mut data = Data {
             stream: folder.train(recipe.vocab_size)?,
             val: folder.val(recipe.train_seq_len, recipe.vocab_size)?,
             table: ByteTable::new(&tokenizer, recipe.vocab_size)?,
@@ -203,7 +203,12 @@ impl<'a, P: Plain> Session<'a, P> {
         };
         if let Some(checkpoint) = &resumed {
             resume::check_same_run(&recipe, &data.source, &checkpoint.progress)?;
+            data.stream.seek(checkpoint.progress.position)?;
         }
+        // The ids of a shard are checked when it is reached: those of the first step before anything is written.
+        let start = data.stream.position();
+        data.stream.next_batch(recipe.span_tokens(), 0, 1)?;
+        data.stream.seek(start)?;
         let model = Model::<P>::new(&recipe, device, target.precision.dtype())?;
         let optimizers = Optimizers::new(&recipe, &model);
         let trainer = Trainer { model, optimizers, seq_len: recipe.train_seq_len, micro_sequences };
@@ -245,7 +250,6 @@ impl<'a, P: Plain> Session<'a, P> {
         warnings.iter().try_for_each(|warning| session.log.note(warning))?;
         if let Some(Checkpoint { progress, params, state }) = resumed {
             resume::restore(&mut session.trainer, &progress, &params, &state)?;
-            session.data.stream.seek(progress.position)?;
             (session.step, session.train_ms) = (progress.step, progress.train_ms);
             session.train_loss = progress.train_loss;
             session.row = Metric {
@@ -492,7 +496,7 @@ impl<'a, P: Plain> Session<'a, P> {
             tokens_per_s: speed(self.tokens_per_s(self.train_ms)),
             step_ms: speed((self.train_ms - self.first_ms) / steps as f64),
             first_step_s: self.first_step_s,
-            peak_memory_bytes: self.peak.map(|peak| peak.in_use),
+            peak_memory_bytes: self.peak.map(|peak| peak.in_use.max(peak.reserved)),
             out: self.out,
         })
     }
