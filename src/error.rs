@@ -78,7 +78,8 @@ impl fmt::Display for Error {
         };
         // One line that can be read, whatever a file name or a library's message holds.
         let mut characters = line.chars();
-        let line: String = characters.by_ref().take(LONGEST).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let line: String =
+            characters.by_ref().take(LONGEST).map(|c| if c.is_control() { ' ' } else { c }).collect();
         let rest = if characters.next().is_some() { "..." } else { "" };
         write!(f, "{line}{rest}")
     }

@@ -102,8 +102,7 @@ fn recipes_and_devices_list_what_there_is() {
 
 /// A run whose embedding becomes int8 codes: 260 x 256 elements, of values far above the scales' floor of 1/127.
 fn train_wide(place: &Place) -> Value {
-    let more =
-        "--set model_dim=256 --set num_layers=1 --set mlp_mult=1 --set tied_embed_init_std=1 --set val_loss_every=0 --steps 4 --json";
+    let more = "--set model_dim=256 --set num_layers=1 --set mlp_mult=1 --set tied_embed_init_std=1 --set val_loss_every=0 --steps 4 --json";
     place.train("run", more).json()
 }
 
@@ -513,7 +512,8 @@ fn the_demo_trains_exports_scores_and_samples() {
 
     // The corpus stays in the cache: it is what commands without --data take.
     let bytes = place.snapshot("cache");
-    let mut args = place.small("run", "--steps 0 --set train_batch_tokens=16384 --set val_batch_size=16384 --json");
+    let mut args =
+        place.small("run", "--steps 0 --set train_batch_tokens=16384 --set val_batch_size=16384 --json");
     let at = args.iter().position(|arg| arg == "--data").unwrap();
     args.drain(at..at + 2);
     let trained = place.run(args).json();

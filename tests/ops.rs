@@ -219,7 +219,7 @@ fn embedding_adds_up_the_gradients_of_repeated_ids() {
         assert_close("embedding", y.inner(), expected.inner());
         assert_grad("embedding", &param, &plain, &grads);
     }
-    assert!(5000 * 512 > Cpu::ONE_HOT_ELEMENTS);
+    const { assert!(5000 * 512 > Cpu::ONE_HOT_ELEMENTS) };
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn head_gain_backward_is_the_derivative() {
 #[test]
 fn cross_entropy_in_chunks_equals_all_logits_at_once_with_every_gradient() {
     // 4200 rows of 512 logits: more than are held at once.
-    assert!(4200 * 512 > Cpu::LOGIT_ELEMENTS);
+    const { assert!(4200 * 512 > Cpu::LOGIT_ELEMENTS) };
     for (rows, vocab, cap) in [(1, 2, None), (13, 37, Some(0.7)), (13, 37, None), (4200, 512, Some(3.0))] {
         let (h, w) = (random(32, [rows, 3]).mul_scalar(4.0), random(33, [vocab, 3]));
         let cot = random(34, [rows]);
@@ -281,8 +281,11 @@ fn cross_entropy_in_chunks_equals_all_logits_at_once_with_every_gradient() {
     }
 }
 
+/// An op's name, its weight, and the op as a function of the weight.
+type Weighted = (&'static str, Param<Cpu>, Box<dyn Fn(&Param<Cpu>) -> Tensor<Tape, 2>>);
+
 /// Each op with a weight, as `f(weight)` to an output whose gradient is all ones.
-fn weighted_ops() -> Vec<(&'static str, Param<Cpu>, Box<dyn Fn(&Param<Cpu>) -> Tensor<Tape, 2>>)> {
+fn weighted_ops() -> Vec<Weighted> {
     let x = || leaf(&random(40, [6, 4]));
     let ids = || integers::<Tape>(&[0, 2, 2, 1, 2, 0], &device());
     let matrix = |rows| param(&random(41, [rows, 4]));

@@ -318,7 +318,8 @@ fn interrupted_and_resumed_is_the_uninterrupted_run_to_the_last_bit() {
 
     let mut running = Running::start(place.command().args(place.small("cut", LONG)));
     running.wait_for("step:20/");
-    running.signal("INT");
+    // Two signals at once are one: `timeout` sends them so.
+    running.interrupt(2);
     let ran = running.finish();
     let error = ran.fails(130, &["error: interrupted, step ", " saved in cut/checkpoint/step_000000"]);
     let step: usize = error.split("step ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
@@ -438,10 +439,10 @@ fn a_second_interrupt_exits_at_once() {
     let mut running = Running::start(place.command().args(words.split(' ')));
     running.wait_for("seed:");
     std::thread::sleep(Duration::from_millis(200));
-    running.signal("INT");
+    running.interrupt(1);
     std::thread::sleep(Duration::from_millis(200));
     let second = Instant::now();
-    running.signal("INT");
+    running.interrupt(1);
     let ran = running.finish();
     assert!(second.elapsed() < Duration::from_secs(2), "{:?}", second.elapsed());
     assert!(ran.stderr.starts_with("warning: interrupted"), "{ran:?}");
@@ -453,8 +454,7 @@ fn a_second_interrupt_exits_at_once() {
 fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint() {
     let place = Place::with_data();
     // 24 residual mixes of about 100 overflow float32.
-    let more =
-        "--set num_layers=24 --set scalar_lr=100 --set warmdown_iters=0 --set val_loss_every=0";
+    let more = "--set num_layers=24 --set scalar_lr=100 --set warmdown_iters=0 --set val_loss_every=0";
     let ran = place.train("run", &format!("{more} --save-every 1 --steps 20"));
     ran.fails(1, &["training loss is NaN", "step 2"]);
     assert_eq!(place.names("run/checkpoint"), ["step_00000001.safetensors"]);

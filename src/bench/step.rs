@@ -47,8 +47,5 @@ pub fn run<P: Plain>(
     })?;
     let momentum = schedule::muon_momentum(recipe, 0);
     let step = median_ms::<P>(device, || trainer.step(&spans, 1.0, momentum, 1).map(drop))?;
-    Ok(vec![
-        row(format!("forward and backward of {name}"), accumulate),
-        row(format!("step of {name}"), step),
-    ])
+    Ok(vec![row(format!("forward and backward of {name}"), accumulate), row(format!("step of {name}"), step)])
 }

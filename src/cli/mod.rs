@@ -21,7 +21,7 @@ use crate::train::guards;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Trains, compresses and scores the best language model that fits in 16,000,000 bytes.
 #[derive(Parser)]
@@ -110,13 +110,19 @@ fn usage_error(error: &clap::Error) -> Error {
 
 /// The first Ctrl-C asks the work to finish its step, save and stop; the second exits at once.
 fn catch_interrupts() {
-    static COUNT: AtomicUsize = AtomicUsize::new(0);
-    let caught = ctrlc::set_handler(|| {
-        if COUNT.fetch_add(1, Ordering::SeqCst) > 0 {
+    // `timeout` signals its child and then the child's group: two signals that were meant as one.
+    const AT_ONCE: Duration = Duration::from_millis(50);
+    let mut first: Option<Instant> = None;
+    let caught = ctrlc::set_handler(move || {
+        if let Some(first) = first {
+            if first.elapsed() < AT_ONCE {
+                return;
+            }
             let place = "the work since the last checkpoint is lost".to_string();
             output::error_line(&Error::Interrupted { place });
             std::process::exit(130);
         }
+        first = Some(Instant::now());
         guards::interrupt();
         output::warn("interrupted: finishing the step; press Ctrl-C again to exit at once");
     });

@@ -58,7 +58,7 @@ pub struct TensorsFile {
 }
 
 impl TensorsFile {
-    /// Opens a file that [`write`] wrote; only its header is read.
+    /// Opens a file that [`write()`] wrote; only its header is read.
     pub fn open(path: &Path) -> Result<Self> {
         let bad = |what: String| Error::input(what, path.display(), "a whole safetensors file of fairway");
         let unreadable = |error: std::io::Error| Error::read(path, &error);

@@ -160,7 +160,7 @@ pub fn text(seed: u64, bytes: usize) -> String {
     while text.len() < bytes {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         text.push_str(WORDS[(state >> 33) as usize % WORDS.len()]);
-        text.push(if (state >> 50) % 9 == 0 { '\n' } else { ' ' });
+        text.push(if (state >> 50).is_multiple_of(9) { '\n' } else { ' ' });
     }
     text
 }
@@ -278,9 +278,10 @@ impl Running {
         }
     }
 
-    /// Sends a signal by name, as `INT`.
-    pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([format!("-{name}"), self.child.id().to_string()]).status();
+    /// Sends Ctrl-C's signal, `times` at once.
+    pub fn interrupt(&self, times: usize) {
+        let id = self.child.id().to_string();
+        let status = Command::new("kill").arg("-INT").args(vec![id; times]).status();
         assert!(status.unwrap().success());
     }
 
