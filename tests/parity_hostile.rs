@@ -349,7 +349,10 @@ const BROKEN: &[(&str, &str, Change)] = &[
     ("tr_chal_train5_f64", "another steps than in.ids has, hyper, expected 5", |e, _| {
         e["hyper"]["steps"] = json!(6);
     }),
-    ("tr_chal_train5_f64", "unknown key ema, hyper", |e, _| e["hyper"]["ema"] = json!(0.999)),
+    ("tr_chal_train5_f64", "ema is set, hyper, expected 0 or nothing", |e, _| {
+        e["hyper"]["ema"] = json!(0.999)
+    }),
+    ("tr_chal_train5_f64", "unknown key swa, hyper", |e, _| e["hyper"]["swa"] = json!(1)),
     ("tr_chal_train5_f64", "no tok_lr, hyper", |e, _| e["hyper"]["tok_lr"] = Value::Null),
     ("tr_chal_train5_f64", "4 values of lr_mul", |e, _| e["lr_mul"] = json!([1, 1, 1, 1])),
     ("tr_chal_train5_f64", "muon_momentum = 1.5", |e, _| e["hyper"]["muon_momentum"] = json!(1.5)),

@@ -5,7 +5,7 @@ use crate::artifact::Artifact;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 use crate::train::run::RunInspection;
-use crate::train::tensors_file::Entry;
+use crate::train::tensors_file::{Entry, expect_params};
 use std::fs;
 use std::path::Path;
 
@@ -92,6 +92,9 @@ fn load_recipe(what: &str, path: &Path) -> Result<Recipe> {
 fn of_artifact(path: &Path) -> Result<Report> {
     let found = Artifact::inspect(path)?;
     let recipe = Recipe::from_toml(&found.recipe_toml, path)?;
+    recipe.validate()?;
+    let tensors: Vec<_> = found.tensors.iter().map(|row| (row.name.as_str(), row.shape.as_slice())).collect();
+    expect_params(&recipe, &tensors, &path.display().to_string())?;
     let row = |row: crate::artifact::TensorRow| Row {
         name: row.name,
         shape: row.shape,

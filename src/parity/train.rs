@@ -18,6 +18,29 @@ use std::collections::BTreeSet;
 /// What follows from the step's number alone is exact but for the order of a few operations.
 const SCHEDULE_TOLERANCE: f64 = 1e-12;
 
+/// The optimizers' and schedules' numbers.
+const HYPER: [&str; 16] = [
+    "adam_eps",
+    "backend_steps",
+    "beta1",
+    "beta2",
+    "clip",
+    "grad_accum",
+    "head_lr",
+    "iterations",
+    "matrix_lr",
+    "momentum_start",
+    "momentum_warmup_steps",
+    "muon_momentum",
+    "scalar_lr",
+    "steps",
+    "tok_lr",
+    "warmdown_iters",
+];
+
+/// What other systems' training has and the challenge's has not.
+const ABSENT: [&str; 5] = ["adam_wd", "ema", "ema_offset", "lr_warmup_steps", "muon_wd"];
+
 /// Runs the steps of `in.ids[step, micro-batch, b, t]` from `param0.*`.
 ///
 /// A file `*_f32` has no inputs of its own: they are in its sibling `*_f64`. Its numbers are those of a float32 run and
@@ -160,24 +183,12 @@ fn give_params<P: Plain>(case: &mut Case<'_, P>, model: &Model<P>, prefix: &str)
 /// Takes the entry's `hyper` into the recipe: a schedule by steps, one token rate whether tied or not.
 fn set_hyper<P: Plain>(case: &Case<'_, P>, recipe: &mut Recipe, steps: usize) -> Result<()> {
     let hyper = case.entry.section("hyper")?;
-    hyper.only(&[
-        "adam_eps",
-        "backend_steps",
-        "beta1",
-        "beta2",
-        "clip",
-        "grad_accum",
-        "head_lr",
-        "iterations",
-        "matrix_lr",
-        "momentum_start",
-        "momentum_warmup_steps",
-        "muon_momentum",
-        "scalar_lr",
-        "steps",
-        "tok_lr",
-        "warmdown_iters",
-    ])?;
+    hyper.only(&[HYPER.as_slice(), &ABSENT].concat())?;
+    for key in ABSENT {
+        if hyper.number(key)?.unwrap_or(0.0) != 0.0 {
+            return Err(Error::input(format!("{key} is set"), "hyper", "0 or nothing, as in the challenge"));
+        }
+    }
     for (key, found) in [("steps", steps), ("grad_accum", recipe.grad_accum_steps)] {
         if hyper.count(key)? != Some(found) {
             return Err(Error::input(format!("another {key} than in.ids has"), "hyper", found));
