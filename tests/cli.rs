@@ -3,6 +3,7 @@
 mod cli_common;
 
 use cli_common::{Place, Ran, SMALL_PARAMS, check_xml, keys, number, text};
+use fairway::artifact::{Artifact, Codec};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -350,6 +351,31 @@ fn inspect_stays_below_one_gib_whatever_a_run_says() {
     file.set_len((json.len() + offset) as u64).unwrap();
     assert!(offset > 1 << 30);
     in_one_gib(&place, "inspect run").fails(2, &["does not match its SHA-256", "final.safetensors"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn inspect_stays_below_one_gib_whatever_an_artifacts_recipe_says() {
+    let place = Place::with_data();
+    place.train("run", "--steps 1").clean();
+    place.line("export run --out model.fairway --json").json();
+    let mut artifact = Artifact::read(&place.path("model.fairway")).unwrap();
+    // Keys and tables, as many as are read, and one text that is too long to be.
+    let most = (1 << 20) - 200;
+    let cases =
+        [("a=1\n", most), ("[a.b.c.d.e.f.g.h]\n", most), ("a=[[[[[[[[]]]]]]]]\n", most), ("#\n", 3 << 20)];
+    for (line, len) in cases {
+        let mut recipe = String::new();
+        for n in 0.. {
+            if recipe.len() > len {
+                break;
+            }
+            recipe.push_str(&line.replacen('a', &format!("k{n:x}"), 1));
+        }
+        artifact.recipe_toml = recipe;
+        artifact.write(&place.path("model.fairway"), Codec::Zstd).unwrap();
+        in_one_gib(&place, "inspect model.fairway").fails(2, &["model.fairway"]);
+    }
 }
 
 #[cfg(target_os = "linux")]

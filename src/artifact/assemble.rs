@@ -21,6 +21,21 @@ pub struct Contents {
     pub params: Vec<HostTensor>,
 }
 
+/// The longest recipe that is read from an artifact, in bytes: a hundred times what one needs. What a parser makes of
+/// the 8 MiB that fit in the section would take over 1 GiB.
+const MAX_RECIPE_BYTES: usize = 1 << 20;
+
+/// The recipe that an artifact states, checked; `place` names the file for errors.
+pub fn parse_recipe(toml: &str, place: &str) -> Result<Recipe> {
+    if toml.len() > MAX_RECIPE_BYTES {
+        let what = format!("recipe of {} bytes", toml.len());
+        return Err(Error::input(what, place, format!("at most {MAX_RECIPE_BYTES}")));
+    }
+    let recipe = Recipe::from_toml(toml, place.as_ref())?;
+    recipe.validate()?;
+    Ok(recipe)
+}
+
 impl Artifact {
     /// Quantises `params` by `scheme` and puts everything that the model needs beside them.
     pub fn assemble(
@@ -53,8 +68,7 @@ impl Artifact {
 
     /// What the artifact holds, weights dequantised; `place` names the file for errors.
     pub fn contents(&self, place: &str) -> Result<Contents> {
-        let recipe = Recipe::from_toml(&self.recipe_toml, place.as_ref())?;
-        recipe.validate()?;
+        let recipe = parse_recipe(&self.recipe_toml, place)?;
         // Before any weight is dequantised: no more memory is taken than the recipe asks for.
         let elements = |tensor: &QuantTensor| tensor.shape.iter().map(|size| *size as u128).product::<u128>();
         let params: u128 = self.tensors.iter().map(elements).sum();

@@ -2,6 +2,7 @@
 
 use super::{output, source};
 use crate::artifact::Artifact;
+use crate::artifact::assemble::parse_recipe;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 use crate::train::run::RunInspection;
@@ -91,10 +92,10 @@ fn load_recipe(what: &str, path: &Path) -> Result<Recipe> {
 
 fn of_artifact(path: &Path) -> Result<Report> {
     let found = Artifact::inspect(path)?;
-    let recipe = Recipe::from_toml(&found.recipe_toml, path)?;
-    recipe.validate()?;
+    let place = path.display().to_string();
+    let recipe = parse_recipe(&found.recipe_toml, &place)?;
     let tensors: Vec<_> = found.tensors.iter().map(|row| (row.name.as_str(), row.shape.as_slice())).collect();
-    expect_params(&recipe, &tensors, &path.display().to_string())?;
+    expect_params(&recipe, &tensors, &place)?;
     let row = |row: crate::artifact::TensorRow| Row {
         name: row.name,
         shape: row.shape,

@@ -57,7 +57,12 @@ fn check_lists<P: Plain>(case: &mut Case<'_, P>, quantized: &[QuantTensor]) -> R
         let ours = quantized.iter().filter(|tensor| belongs(tensor.storage));
         let ours: BTreeSet<&str> = ours.map(|tensor| tensor.name.as_str()).collect();
         let differ: Vec<&str> = theirs.symmetric_difference(&ours).copied().collect();
-        case.fact(format!("keys.{key}"), differ.len() as f64, 0.0, Some(differ.join(", ")));
+        case.fact(
+            format!("keys.{key}"),
+            differ.len() as f64,
+            0.0,
+            Some(format!("differ: {}", differ.join(", "))),
+        );
     }
     Ok(())
 }

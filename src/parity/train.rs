@@ -229,7 +229,12 @@ fn check_groups<P: Plain>(case: &mut Case<'_, P>, recipe: &Recipe, model: &Model
         // A parameter without elements is in a list of the peers' and not in our model.
         let exists = |name: &&&str| model.params().get(name).is_some();
         let differ: Vec<&str> = theirs.symmetric_difference(&ours).filter(exists).copied().collect();
-        case.fact(format!("groups.{key}"), differ.len() as f64, 0.0, Some(differ.join(", ")));
+        case.fact(
+            format!("groups.{key}"),
+            differ.len() as f64,
+            0.0,
+            Some(format!("differ: {}", differ.join(", "))),
+        );
     }
     Ok(())
 }
