@@ -5,6 +5,7 @@ use crate::data::byte_table::ByteTable;
 use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
+use crate::model;
 use crate::quant::{QuantTensor, Scheme, quantize};
 use crate::recipe::Recipe;
 
@@ -32,7 +33,7 @@ pub fn parse_recipe(toml: &str, place: &str) -> Result<Recipe> {
         return Err(Error::input(what, place, format!("at most {MAX_RECIPE_BYTES}")));
     }
     let recipe = Recipe::from_toml(toml, place.as_ref())?;
-    recipe.validate()?;
+    model::check(&recipe)?;
     Ok(recipe)
 }
 
@@ -45,6 +46,10 @@ impl Artifact {
         scheme: Scheme,
     ) -> Result<Self> {
         let table = ByteTable::new(tokenizer, recipe.vocab_size)?;
+        // Heads that only training uses stay behind.
+        let recipe = Recipe { mtp_num_heads: 0, ..recipe.clone() };
+        let params: Vec<HostTensor> =
+            params.iter().filter(|param| !param.name.starts_with(model::AHEAD)).cloned().collect();
         let piece = |p: &Piece| PieceRow { text: p.text.clone(), score: p.score, kind: p.kind as u8 };
         Ok(Self {
             recipe_toml: recipe.to_toml(),
@@ -62,7 +67,7 @@ impl Artifact {
             } else {
                 tokenizer.pieces().iter().map(piece).collect()
             },
-            tensors: quantize(scheme, params, &recipe.int8_keep_float_fp32_name_patterns)?,
+            tensors: quantize(scheme, &params, &recipe.int8_keep_float_fp32_name_patterns)?,
         })
     }
 
@@ -72,11 +77,12 @@ impl Artifact {
         // Before any weight is dequantised: no more memory is taken than the recipe asks for.
         let elements = |tensor: &QuantTensor| tensor.shape.iter().map(|size| *size as u128).product::<u128>();
         let params: u128 = self.tensors.iter().map(elements).sum();
-        if params != u128::from(recipe.param_count()) {
+        let expected = model::param_count(&recipe)?;
+        if params != u128::from(expected) {
             return Err(Error::input(
                 format!("tensors of {params} elements"),
                 place,
-                format!("the {} parameters of its recipe", recipe.param_count()),
+                format!("the {expected} parameters of its recipe"),
             ));
         }
         let tokenizer = if self.tokenizer_kind == "byte" {

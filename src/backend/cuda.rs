@@ -31,12 +31,19 @@ pub type Cuda = burn_cuda::Cuda<f32, i32>;
 crate::plain_backend!(Cuda);
 
 impl ActivationOps for Cuda {}
+impl AngleOps for Cuda {}
 impl AttentionOps for Cuda {}
+impl ConvOps for Cuda {}
 impl CrossEntropyOps for Cuda {}
 impl EmbeddingOps for Cuda {}
 impl LinearOps for Cuda {}
+impl OnePoleOps for Cuda {}
+impl ParamOps for Cuda {}
 impl ResidualOps for Cuda {}
 impl RopeOps for Cuda {}
+impl ScanOps for Cuda {}
+impl SelectiveScanOps for Cuda {}
+impl XsaOps for Cuda {}
 
 impl MatmulOps for Cuda {
     fn matmul_as<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, out: DType) -> Tensor<Self, D> {

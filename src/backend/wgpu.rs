@@ -30,15 +30,22 @@ pub type Wgpu = burn_wgpu::Wgpu<f32, i32, u32>;
 crate::plain_backend!(Wgpu);
 
 impl ActivationOps for Wgpu {}
+impl AngleOps for Wgpu {}
 impl AttentionOps for Wgpu {
     // 64 MB of f32 scores: some adapters (lavapipe, older Vulkan drivers) bind no more than 128 MB.
     const SCORE_ELEMENTS: usize = 1 << 24;
 }
+impl ConvOps for Wgpu {}
 impl CrossEntropyOps for Wgpu {}
 impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
+impl OnePoleOps for Wgpu {}
+impl ParamOps for Wgpu {}
 impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
+impl ScanOps for Wgpu {}
+impl SelectiveScanOps for Wgpu {}
+impl XsaOps for Wgpu {}
 
 impl MatmulOps for Wgpu {
     fn matmul_as<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, out: DType) -> Tensor<Self, D> {

@@ -4,7 +4,7 @@ use super::{Row, median_ms};
 use crate::error::Result;
 use crate::model::{Model, init};
 use crate::ops::Plain;
-use crate::optim::{Optimizers, schedule};
+use crate::optim::schedule;
 use crate::recipe::Recipe;
 use crate::train::step::{Span, Trainer};
 use burn::tensor::DType;
@@ -18,10 +18,9 @@ pub fn run<P: Plain>(
     dtype: DType,
 ) -> Result<Vec<Row>> {
     let model = Model::<P>::new(recipe, device, dtype)?;
-    let optimizers = Optimizers::new(recipe, &model);
     let seq_len = recipe.train_seq_len;
     let micro_sequences = (micro_batch.min(recipe.span_tokens()) / seq_len).max(1);
-    let mut trainer = Trainer { model, optimizers, seq_len, micro_sequences };
+    let mut trainer = Trainer::new(model, recipe, micro_sequences);
     let mut rng = init::generator(recipe.seed, "bench");
     let mut tokens = |n: usize| -> Vec<u16> {
         (0..n).map(|_| rng.random_range(0..recipe.vocab_size as u32) as u16).collect()
@@ -30,7 +29,7 @@ pub fn run<P: Plain>(
         .map(|_| (tokens(recipe.span_tokens()), tokens(recipe.span_tokens())))
         .collect();
     // 6 operations a weight and token; attention 6 x layers x time x width a token (causal, forward and backward).
-    let per_token = 6.0 * recipe.param_count() as f64
+    let per_token = 6.0 * trainer.model.params().numel() as f64
         + (6 * recipe.num_layers * recipe.train_seq_len * recipe.model_dim) as f64;
     let operations = per_token * recipe.train_batch_tokens as f64;
     let name = format!("{}, {} tokens", recipe.name, recipe.train_batch_tokens);

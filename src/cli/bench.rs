@@ -89,7 +89,7 @@ impl Job for BenchJob {
             What::Step { recipe, sets, micro_batch, .. } => {
                 let mut recipe = Recipe::load(&recipe)?;
                 sets.iter().try_for_each(|assignment| recipe.set(assignment))?;
-                recipe.validate()?;
+                crate::model::check(&recipe)?;
                 bench::step::run::<P>(&recipe, micro_batch, device, dtype)
             }
         }

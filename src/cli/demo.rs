@@ -80,7 +80,7 @@ pub fn run(args: Args) -> Result<()> {
         &["what", "value"],
         &[
             row("device", target.label.clone()),
-            row("parameters", recipe.param_count().to_string()),
+            row("parameters", crate::model::param_count(&recipe)?.to_string()),
             row("steps", summary.steps.to_string()),
             row("training tokens per second", format!("{:.0}", summary.tokens_per_s.unwrap_or(f64::NAN))),
             row("val_bpb, unigram model", format!("{unigram:.4}")),

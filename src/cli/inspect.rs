@@ -4,6 +4,7 @@ use super::{output, source};
 use crate::artifact::Artifact;
 use crate::artifact::assemble::parse_recipe;
 use crate::error::{Error, Result};
+use crate::model;
 use crate::recipe::Recipe;
 use crate::train::run::RunInspection;
 use crate::train::tensors_file::{Entry, expect_params};
@@ -45,12 +46,12 @@ pub fn run(args: Args) -> Result<()> {
         of_run(path)?
     } else {
         let recipe = load_recipe(&args.what, path)?;
-        recipe.validate()?;
-        let rows = crate::model::layout(&recipe).into_iter().map(|spec| {
-            let bytes = 4 * spec.shape.iter().product::<usize>();
-            Row { name: spec.name, shape: spec.shape, dtype: "F32".into(), bytes }
+        let rows = model::layout(&recipe)?.into_iter().map(|(name, shape)| {
+            let bytes = 4 * shape.iter().product::<usize>();
+            Row { name, shape, dtype: "F32".into(), bytes }
         });
-        Report { params: recipe.param_count(), tensors: rows.collect(), quant: None, bytes: None, recipe }
+        let params = model::param_count(&recipe)?;
+        Report { params, tensors: rows.collect(), quant: None, bytes: None, recipe }
     };
     if args.json {
         return output::json(&serde_json::json!({
@@ -117,7 +118,7 @@ fn of_run(path: &Path) -> Result<Report> {
         |Entry { name, shape, dtype, bytes, .. }| Row { name, shape, dtype: format!("{dtype:?}"), bytes };
     let tensors: Vec<Row> = run.tensors.into_iter().map(row).collect();
     Ok(Report {
-        params: run.recipe.param_count(),
+        params: model::param_count(&run.recipe)?,
         tensors,
         recipe: run.recipe,
         quant: Some("none".into()),

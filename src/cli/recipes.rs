@@ -29,7 +29,7 @@ pub fn run(args: Args) -> Result<()> {
             Ok(Row {
                 name: built_in.name.to_string(),
                 aliases: built_in.aliases.iter().map(|alias| alias.to_string()).collect(),
-                params: recipe.param_count(),
+                params: crate::model::param_count(&recipe)?,
                 summary: recipe.summary,
             })
         })

@@ -135,7 +135,7 @@ fn resolve_recipe(args: &Args) -> Result<(Recipe, Named)> {
     if let Some(seed) = args.seed {
         recipe.seed = seed;
     }
-    recipe.validate()?;
+    crate::model::check(&recipe)?;
     Ok((recipe, named))
 }
 

@@ -232,6 +232,14 @@ impl ValTokens {
         &self.all()[..self.sequences * self.seq_len + 1]
     }
 
+    /// Leaves the first sequences, of at most `tokens` targets but at least one; 0 leaves all.
+    pub fn limit(mut self, tokens: usize) -> Self {
+        if tokens > 0 {
+            self.sequences = self.sequences.min((tokens / self.seq_len).max(1));
+        }
+        self
+    }
+
     /// Tokens of a sequence.
     pub fn seq_len(&self) -> usize {
         self.seq_len

@@ -46,7 +46,7 @@ pub fn sample<P: Plain>(
     let tail = |seen: &[u16], len: usize| seen[seen.len().saturating_sub(len)..].to_vec();
     let mut rng = init::generator(options.seed, "sample");
     let mut seen = prompt.to_vec();
-    let mut cache = model.cache::<P>();
+    let mut cache = model.cache::<P>(context);
     let mut logits = read(model, &tail(&seen, context), &mut cache)?;
     for left in (0..options.tokens).rev() {
         let id = draw(&logits, options.temperature, &mut rng);
@@ -58,7 +58,7 @@ pub fn sample<P: Plain>(
         logits = if cache.positions() < context {
             read(model, &[id], &mut cache)?
         } else {
-            cache = model.cache::<P>();
+            cache = model.cache::<P>(context);
             read(model, &tail(&seen, context / 2), &mut cache)?
         };
     }

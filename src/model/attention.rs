@@ -1,10 +1,11 @@
-//! The attention mixer: projections, q/k norm, RoPE, gain, causal GQA, output projection.
+//! The attention mixer: projections, q/k norm, RoPE, gain, causal GQA, output projection; and the options of the
+//! hybrids.
 
 use super::init::Init;
-use super::params::{Params, Spec};
+use super::params::Params;
+use super::spec::{Linears, Spec};
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain};
-use crate::recipe::Recipe;
 use burn::tensor::Tensor;
 
 /// Keys and values of the positions that one layer has seen, `[b, t, g, d]` each.
@@ -31,71 +32,148 @@ impl<B: Backend> KeyValueCache<B> {
     }
 }
 
+/// Names, sizes and options of one mixer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionPlan {
+    /// What stands before the parameters' names.
+    pub prefix: String,
+    /// Width of the residual stream.
+    pub dim: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Heads of keys and of values.
+    pub groups: usize,
+    /// The gain's start.
+    pub gain: f32,
+    /// The epsilon of the norms of q and k.
+    pub rms_eps: f64,
+    /// SiLU on the values (spec/pr1607.md).
+    pub silu_values: bool,
+    /// Removes from the output what lies along the position's own value (spec/pr1382.md).
+    pub exclude_self: bool,
+    /// Gates each head's output by the mixer's input.
+    pub gated: bool,
+    /// Adds the first values of the stack.
+    pub value_residual: bool,
+}
+
+impl AttentionPlan {
+    fn head_dim(&self) -> usize {
+        self.dim / self.heads
+    }
+
+    /// The parameters; the output projection starts at 0.
+    pub fn specs(&self, linears: Linears) -> Vec<Spec> {
+        let Self { prefix, dim, heads, groups, .. } = self;
+        let kv = groups * self.head_dim();
+        let weight = |name: &str, outputs: usize| linears.weight(&format!("{prefix}.{name}"), [outputs, *dim]);
+        let constant = |name: &str, shape: &[usize], value: f32| {
+            Spec::new(format!("{prefix}.{name}"), shape, Init::Constant(value))
+        };
+        let mut specs = vec![
+            weight("c_q", *dim),
+            weight("c_k", kv),
+            weight("c_v", kv),
+            linears.weight_from(&format!("{prefix}.proj"), [*dim, *dim], Init::Constant(0.0)),
+            constant("q_gain", &[*heads], self.gain),
+        ];
+        if self.gated {
+            specs.push(constant("attn_gate.weight", &[*heads, *dim], 0.0));
+            specs.push(constant("attn_gate.bias", &[*heads], 4.0));
+        }
+        if self.value_residual {
+            specs.push(constant("vrl_alpha", &[1], 0.0));
+        }
+        specs
+    }
+}
+
 /// Attention of one block (spec/challenge.md section 4).
 #[derive(Debug, Clone)]
 pub struct Attention<P: Plain> {
-    heads: usize,
-    groups: usize,
-    head_dim: usize,
+    plan: AttentionPlan,
     c_q: Param<P>,
     c_k: Param<P>,
     c_v: Param<P>,
     proj: Param<P>,
     q_gain: Param<P>,
-    rms_eps: f64,
+    gate: Option<[Param<P>; 2]>,
+    residual: Option<Param<P>>,
 }
 
-/// The parameters of one attention mixer.
-pub(super) fn layout(recipe: &Recipe, prefix: &str) -> Vec<Spec> {
-    let (d, kv) = (recipe.model_dim, recipe.kv_dim());
-    let gain = Init::Constant(recipe.qk_gain_init as f32);
-    vec![
-        Spec::new(format!("{prefix}.c_q.weight"), &[d, d], Init::Linear),
-        Spec::new(format!("{prefix}.c_k.weight"), &[kv, d], Init::Linear),
-        Spec::new(format!("{prefix}.c_v.weight"), &[kv, d], Init::Linear),
-        Spec::new(format!("{prefix}.proj.weight"), &[d, d], Init::Constant(0.0)),
-        Spec::new(format!("{prefix}.q_gain"), &[recipe.num_heads], gain),
-    ]
+/// What attention gets beside its input.
+#[derive(Debug, Clone)]
+pub struct AttentionInputs<'a, B: Backend> {
+    /// Sequences.
+    pub batch: usize,
+    /// The rotation of the positions; channels past its width do not rotate.
+    pub rope: &'a RopeTable<B::Plain>,
+    /// Added to the values: `[b t, g d]`.
+    pub value_embedding: Option<Tensor<B, 2>>,
+    /// The first values of the stack: `[b, t, g, d]`.
+    pub first_values: Option<Tensor<B, 4>>,
 }
 
 impl<P: Plain> Attention<P> {
-    pub(super) fn new(recipe: &Recipe, params: &Params<P>, prefix: &str) -> Self {
+    /// The mixer of a plan with the parameters of its names.
+    pub fn new(plan: &AttentionPlan, params: &Params<P>) -> Self {
+        let named = |name: &str| params.named(&format!("{}.{name}", plan.prefix));
         Self {
-            heads: recipe.num_heads,
-            groups: recipe.num_kv_heads,
-            head_dim: recipe.head_dim(),
-            c_q: params.named(&format!("{prefix}.c_q.weight")),
-            c_k: params.named(&format!("{prefix}.c_k.weight")),
-            c_v: params.named(&format!("{prefix}.c_v.weight")),
-            proj: params.named(&format!("{prefix}.proj.weight")),
-            q_gain: params.named(&format!("{prefix}.q_gain")),
-            rms_eps: recipe.rms_eps,
+            c_q: named("c_q.weight"),
+            c_k: named("c_k.weight"),
+            c_v: named("c_v.weight"),
+            proj: named("proj.weight"),
+            q_gain: named("q_gain"),
+            gate: plan.gated.then(|| [named("attn_gate.weight"), named("attn_gate.bias")]),
+            residual: plan.value_residual.then(|| named("vrl_alpha")),
+            plan: plan.clone(),
         }
     }
 
-    /// `x[b t, c]` (normed) to `y[b t, c]`; `rope` holds the rows of these `t` positions.
-    pub(super) fn forward<B: Backend<Plain = P>>(
+    /// `x[b t, c]` (normed) to `y[b t, c]`, and the values before the residual and SiLU; the rotation holds the rows of
+    /// these `t` positions.
+    pub fn forward<B: Backend<Plain = P>>(
         &self,
         x: Tensor<B, 2>,
-        batch: usize,
-        rope: &RopeTable<P>,
+        inputs: AttentionInputs<'_, B>,
         cache: Option<&mut KeyValueCache<B>>,
-    ) -> Tensor<B, 2> {
+    ) -> (Tensor<B, 2>, Tensor<B, 4>) {
+        let AttentionPlan { heads, groups, rms_eps, .. } = self.plan;
+        let head_dim = self.plan.head_dim();
         let rows = x.dims()[0];
-        let time = rows / batch;
-        let split = |y: Tensor<B, 2>, heads| y.reshape([batch, time, heads, self.head_dim]);
+        let (batch, time) = (inputs.batch, rows / inputs.batch);
+        let split = |y: Tensor<B, 2>, heads| y.reshape([batch, time, heads, head_dim]);
         let rotated = |y: Tensor<B, 2>, heads: usize| {
-            let y = B::rms_norm(y.reshape([rows * heads, self.head_dim]), self.rms_eps);
-            B::rope(y.reshape([batch, time, heads, self.head_dim]), rope)
+            let y = B::rms_norm(y.reshape([rows * heads, head_dim]), rms_eps);
+            B::rope(y.reshape([batch, time, heads, head_dim]), inputs.rope)
         };
-        let q = rotated(B::project(x.clone(), &self.c_q), self.heads);
+        let q = rotated(B::project(x.clone(), &self.c_q), heads);
         let q = B::head_gain(q, &self.q_gain);
-        let mut k = rotated(B::project(x.clone(), &self.c_k), self.groups);
-        let mut v = split(B::project(x, &self.c_v), self.groups);
+        let mut k = rotated(B::project(x.clone(), &self.c_k), groups);
+        let mut v = B::project(x.clone(), &self.c_v);
+        if let Some(embedding) = inputs.value_embedding {
+            v = v + embedding;
+        }
+        let first = split(v, groups);
+        let mut v = first.clone();
+        if let (Some(alpha), Some(values)) = (&self.residual, inputs.first_values) {
+            v = v + values * B::logistic(B::weight(alpha, [1, 1, 1, 1]));
+        }
+        if self.plan.silu_values {
+            v = B::silu(v);
+        }
+        let own = v.clone();
         if let Some(cache) = cache {
             [k, v] = cache.extend(k, v);
         }
-        let y = B::causal_attention(q, k, v, 1.0 / (self.head_dim as f64).sqrt());
-        B::project(y.reshape([rows, self.heads * self.head_dim]), &self.proj)
+        let mut y = B::causal_attention(q, k, v, 1.0 / (head_dim as f64).sqrt());
+        if self.plan.exclude_self {
+            y = B::exclude_self(y, own);
+        }
+        if let Some([weight, bias]) = &self.gate {
+            let gate = B::project(x, weight) + B::weight(bias, [1, heads]);
+            y = y * B::logistic(gate).reshape([batch, time, heads, 1]);
+        }
+        (B::project(y.reshape([rows, heads * head_dim]), &self.proj), first)
     }
 }

@@ -1,65 +1,225 @@
-//! One block: residual mix with the input stream, attention branch, MLP branch.
+//! One block: residual mix with the input stream, mixers, MLP.
 
-use super::attention::{self, Attention, KeyValueCache};
+use super::attention::{Attention, AttentionInputs, AttentionPlan};
 use super::init::Init;
-use super::mlp::{self, Mlp};
-use super::params::{Params, Spec};
+use super::mamba1::{Mamba1, Mamba1Plan};
+use super::mamba2::{Mamba2, Mamba2Plan};
+use super::mamba3::{Mamba3, Mamba3Plan};
+use super::mlp::{Mlp, MlpPlan};
+use super::params::Params;
+use super::s4d::{S4d, S4dPlan};
+use super::spec::Spec;
+use super::state::BlockState;
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain};
-use crate::recipe::Recipe;
 use burn::tensor::Tensor;
 
-/// A block of the challenge's model (spec/challenge.md section 4).
+/// What mixes positions.
+#[derive(Debug, Clone, PartialEq)]
+pub enum MixerPlan {
+    /// Causal attention.
+    Attention(AttentionPlan),
+    /// Mamba-1.
+    Mamba1(Mamba1Plan),
+    /// Mamba-2.
+    Mamba2(Mamba2Plan),
+    /// Mamba-3.
+    Mamba3(Mamba3Plan),
+    /// S4D-Lin.
+    S4d(S4dPlan),
+}
+
+/// A mixer or an MLP, and the name of its scale for each channel.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Branch<T> {
+    /// What is added.
+    pub part: T,
+    /// The parameter `[c]` that it is multiplied by; 1 without.
+    pub scale: Option<String>,
+}
+
+/// A block as data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockPlan {
+    /// The peers' name of the block (spec files).
+    pub name: String,
+    /// The parameter `[2, c]` that mixes the stream with its start.
+    pub mix: Option<String>,
+    /// What mixes positions: all from one normed input, at most one of them attention and one a state space layer.
+    pub mixers: Vec<Branch<MixerPlan>>,
+    /// What mixes channels.
+    pub mlp: Option<Branch<MlpPlan>>,
+    /// Whether the MLP takes the mixers' input instead of what they made of it.
+    pub parallel: bool,
+    /// Multiplies every normed input.
+    pub norm_scale: f64,
+    /// Gates the block's whole change: the name of the gate.
+    pub gate: Option<String>,
+    /// The value embedding's scale that attention gets.
+    pub value_layer: Option<usize>,
+    /// Computes the block again in the backward pass.
+    pub checkpoint: bool,
+}
+
+impl BlockPlan {
+    /// Whether attention is among the mixers.
+    pub fn has_attention(&self) -> bool {
+        self.mixers.iter().any(|mixer| matches!(mixer.part, MixerPlan::Attention(_)))
+    }
+
+    /// The scales, the mix and the gate.
+    pub fn own_specs(&self, dim: usize) -> Vec<Spec> {
+        let scales = self.mixers.iter().map(|mixer| &mixer.scale).chain(self.mlp.iter().map(|mlp| &mlp.scale));
+        let one = |name: &String| Spec::new(name, &[dim], Init::Constant(1.0));
+        let mut specs: Vec<Spec> = scales.flatten().map(one).collect();
+        specs.extend(self.mix.iter().map(|name| Spec::new(name, &[2, dim], Init::FirstRowOne)));
+        if let Some(gate) = &self.gate {
+            specs.push(Spec::new(format!("{gate}.weight"), &[1, dim], Init::Constant(0.0)));
+            specs.push(Spec::new(format!("{gate}.bias"), &[1], Init::Constant(2.0)));
+        }
+        specs
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Mixer<P: Plain> {
+    Attention(Attention<P>),
+    Mamba1(Mamba1<P>),
+    Mamba2(Mamba2<P>),
+    Mamba3(Mamba3<P>),
+    S4d(S4d<P>),
+}
+
+impl<P: Plain> Mixer<P> {
+    fn new(plan: &MixerPlan, params: &Params<P>) -> Self {
+        match plan {
+            MixerPlan::Attention(plan) => Self::Attention(Attention::new(plan, params)),
+            MixerPlan::Mamba1(plan) => Self::Mamba1(Mamba1::new(plan, params)),
+            MixerPlan::Mamba2(plan) => Self::Mamba2(Mamba2::new(plan, params)),
+            MixerPlan::Mamba3(plan) => Self::Mamba3(Mamba3::new(plan, params)),
+            MixerPlan::S4d(plan) => Self::S4d(S4d::new(plan, params)),
+        }
+    }
+}
+
+/// A block on a device.
 #[derive(Debug, Clone)]
 pub struct Block<P: Plain> {
-    attn: Attention<P>,
-    mlp: Mlp<P>,
-    attn_scale: Param<P>,
-    mlp_scale: Param<P>,
-    resid_mix: Param<P>,
+    mix: Option<Param<P>>,
+    mixers: Vec<Branch<Mixer<P>>>,
+    scales: Vec<Option<Param<P>>>,
+    mlp: Option<(Mlp<P>, Option<Param<P>>)>,
+    gate: Option<[Param<P>; 2]>,
+    parallel: bool,
+    norm_scale: f64,
     rms_eps: f64,
 }
 
-/// The parameters of block `index`.
-pub(super) fn layout(recipe: &Recipe, index: usize) -> Vec<Spec> {
-    let d = recipe.model_dim;
-    let prefix = format!("blocks.{index}");
-    let mut specs = vec![
-        Spec::new(format!("{prefix}.attn_scale"), &[d], Init::Constant(1.0)),
-        Spec::new(format!("{prefix}.mlp_scale"), &[d], Init::Constant(1.0)),
-        Spec::new(format!("{prefix}.resid_mix"), &[2, d], Init::FirstRowOne),
-    ];
-    specs.extend(attention::layout(recipe, &format!("{prefix}.attn")));
-    specs.extend(mlp::layout(recipe, &format!("{prefix}.mlp")));
-    specs
+/// What a block gets beside the stream.
+#[derive(Debug, Clone)]
+pub struct BlockInputs<'a, B: Backend> {
+    /// The stream's start, `[b t, c]`.
+    pub x0: Tensor<B, 2>,
+    /// Sequences.
+    pub batch: usize,
+    /// The rotation of the positions.
+    pub rope: &'a RopeTable<B::Plain>,
+    /// Added to the values of attention.
+    pub value_embedding: Option<Tensor<B, 2>>,
+    /// The first values of the stack.
+    pub first_values: Option<Tensor<B, 4>>,
 }
 
 impl<P: Plain> Block<P> {
-    pub(super) fn new(recipe: &Recipe, params: &Params<P>, index: usize) -> Self {
-        let prefix = format!("blocks.{index}");
+    /// The block of a plan with the parameters of its names.
+    pub fn new(plan: &BlockPlan, params: &Params<P>, rms_eps: f64) -> Self {
+        let scale = |name: &Option<String>| name.as_ref().map(|name| params.named(name));
+        let mixer = |branch: &Branch<MixerPlan>| Branch {
+            part: Mixer::new(&branch.part, params),
+            scale: branch.scale.clone(),
+        };
+        let gate = |gate: &String| ["weight", "bias"].map(|part| params.named(&format!("{gate}.{part}")));
         Self {
-            attn: Attention::new(recipe, params, &format!("{prefix}.attn")),
-            mlp: Mlp::new(params, &format!("{prefix}.mlp")),
-            attn_scale: params.named(&format!("{prefix}.attn_scale")),
-            mlp_scale: params.named(&format!("{prefix}.mlp_scale")),
-            resid_mix: params.named(&format!("{prefix}.resid_mix")),
-            rms_eps: recipe.rms_eps,
+            mix: scale(&plan.mix),
+            mixers: plan.mixers.iter().map(mixer).collect(),
+            scales: plan.mixers.iter().map(|mixer| scale(&mixer.scale)).collect(),
+            mlp: plan.mlp.as_ref().map(|mlp| (Mlp::new(&mlp.part, params), scale(&mlp.scale))),
+            gate: plan.gate.as_ref().map(gate),
+            parallel: plan.parallel,
+            norm_scale: plan.norm_scale,
+            rms_eps,
         }
     }
 
-    /// `x = m0 x + m1 x0; x += s_a attn(rms(x)); x += s_m mlp(rms(x))` over rows `[b t, c]`.
-    pub(super) fn forward<B: Backend<Plain = P>>(
+    fn norm<B: Backend<Plain = P>>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let y = B::rms_norm(x, self.rms_eps);
+        if self.norm_scale == 1.0 { y } else { y.mul_scalar(self.norm_scale) }
+    }
+
+    /// Rows `x[b t, c]` through the block: `x = m0 x + m1 x0; x += s mixer(rms(x)) ...; x += s mlp(rms(x))`; and the
+    /// values of its attention. `mlp` takes the place of the block's own.
+    pub fn forward<B: Backend<Plain = P>>(
         &self,
         x: Tensor<B, 2>,
-        x0: Tensor<B, 2>,
-        batch: usize,
-        rope: &RopeTable<P>,
-        cache: Option<&mut KeyValueCache<B>>,
-    ) -> Tensor<B, 2> {
-        let x = B::residual_mix(x, x0, &self.resid_mix);
-        let branch = self.attn.forward(B::rms_norm(x.clone(), self.rms_eps), batch, rope, cache);
-        let x = B::scaled_add(x, branch, &self.attn_scale, 0);
-        let branch = self.mlp.forward(B::rms_norm(x.clone(), self.rms_eps));
-        B::scaled_add(x, branch, &self.mlp_scale, 0)
+        inputs: BlockInputs<'_, B>,
+        mlp: Option<&Mlp<P>>,
+        state: Option<&mut BlockState<B>>,
+    ) -> (Tensor<B, 2>, Option<Tensor<B, 4>>) {
+        let BlockInputs { x0, batch, rope, value_embedding, first_values } = inputs;
+        let start = match &self.mix {
+            Some(mix) => B::residual_mix(x, x0, mix),
+            None => x,
+        };
+        let (mut kv, mut ssm) = match state {
+            Some(state) => (Some(&mut state.attention), Some(&mut state.ssm)),
+            None => (None, None),
+        };
+        let normed = self.norm(start.clone());
+        let mut values = None;
+        let mut x = start.clone();
+        for (mixer, scale) in self.mixers.iter().zip(&self.scales) {
+            let n = normed.clone();
+            let y = match &mixer.part {
+                Mixer::Attention(attention) => {
+                    let inputs = AttentionInputs {
+                        batch,
+                        rope,
+                        value_embedding: value_embedding.clone(),
+                        first_values: first_values.clone(),
+                    };
+                    let (y, first) = attention.forward(n, inputs, kv.take());
+                    values = Some(first);
+                    y
+                }
+                Mixer::Mamba1(mamba) => mamba.forward(n, batch, ssm.take()),
+                Mixer::Mamba2(mamba) => mamba.forward(n, batch, ssm.take()),
+                Mixer::Mamba3(mamba) => mamba.forward(n, batch, ssm.take()),
+                Mixer::S4d(s4d) => s4d.forward(n, batch, ssm.take()),
+            };
+            x = added(x, y, scale.as_ref());
+        }
+        if let Some((own, scale)) = &self.mlp {
+            let n = if self.parallel { normed } else { self.norm(x.clone()) };
+            x = added(x, mlp.unwrap_or(own).forward(n), scale.as_ref());
+        }
+        if let Some([weight, bias]) = &self.gate {
+            let columns = start.dims()[1];
+            // The gate sees its input as a constant.
+            let seen = B::lift(B::lower(start.clone())) * B::weight(weight, [1, columns]);
+            let gate = B::logistic(seen.sum_dim(1) + B::weight(bias, [1, 1]));
+            x = start.clone() + (x - start) * gate;
+        }
+        (x, values)
+    }
+}
+
+fn added<P: Plain, B: Backend<Plain = P>>(
+    x: Tensor<B, 2>,
+    y: Tensor<B, 2>,
+    scale: Option<&Param<P>>,
+) -> Tensor<B, 2> {
+    match scale {
+        Some(scale) => B::scaled_add(x, y, scale, 0),
+        None => x + y,
     }
 }

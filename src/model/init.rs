@@ -18,6 +18,16 @@ pub enum Init {
     Normal(f32),
     /// Uniform in `(-a, a)` with `a = 1/sqrt(in)`, `in` the last size (PyTorch's default for a linear layer).
     Linear,
+    /// Uniform in `(-a, a)`.
+    Uniform(f32),
+    /// Orthonormal rows or columns, whichever are fewer: the Q of a normal matrix's QR with R's diagonal positive.
+    Orthogonal,
+    /// `softplus^-1(dt)` for `dt` log-uniform in `[0.001, 0.1]`, at least 0.0001 (Mamba's step sizes).
+    StepSize,
+    /// `ln(1), ln(2), ...` along the last size (Mamba-1's A).
+    LogCount,
+    /// `0, pi, 2 pi, ...` along the last size (S4D-Lin's imaginary part).
+    PiCount,
 }
 
 /// The generator of a name under a seed.
@@ -41,10 +51,58 @@ impl Init {
             Self::Normal(std) => draw(&mut rng, n, Normal::new(0.0, std).ok()),
             Self::Linear => {
                 let bound = 1.0 / (shape.last().copied().unwrap_or(1) as f32).sqrt();
-                draw(&mut rng, n, Uniform::new(-bound, bound).ok())
+                Self::Uniform(bound).values(seed, name, shape)
             }
+            Self::Uniform(bound) => draw(&mut rng, n, Uniform::new(-bound, bound).ok()),
+            Self::Orthogonal => {
+                let columns = shape.last().copied().unwrap_or(1);
+                let normal = draw(&mut rng, n, Normal::new(0.0, 1.0).ok());
+                orthonormal(&normal, n / columns.max(1), columns)
+            }
+            Self::StepSize => {
+                let (low, high) = (0.001f64.ln(), 0.1f64.ln());
+                let logs = draw(&mut rng, n, Uniform::new(low as f32, high as f32).ok());
+                let step = |log: f32| f64::from(log).exp().max(1e-4);
+                // ln(e^dt - 1), without losing digits for small dt.
+                logs.into_iter().map(|log| step(log).exp_m1().ln() as f32).collect()
+            }
+            Self::LogCount => along(n, shape, |i| (i as f64 + 1.0).ln()),
+            Self::PiCount => along(n, shape, |i| std::f64::consts::PI * i as f64),
         }
     }
+}
+
+/// `f` of the position along the last size, for each of `n` elements.
+fn along(n: usize, shape: &[usize], f: impl Fn(usize) -> f64) -> Vec<f32> {
+    let columns = shape.last().copied().unwrap_or(1).max(1);
+    (0..n).map(|i| f(i % columns) as f32).collect()
+}
+
+/// The orthogonal factor of a matrix `[rows, columns]` (of its transpose where it has fewer rows), R's diagonal positive.
+///
+/// Gram-Schmidt in f64, each vector twice: as orthogonal as Householder's to the last f32 digit.
+fn orthonormal(normal: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let wide = rows < columns;
+    let (count, length) = if wide { (rows, columns) } else { (columns, rows) };
+    let at = |vector: usize, i: usize| if wide { vector * columns + i } else { i * columns + vector };
+    let mut basis: Vec<Vec<f64>> = Vec::with_capacity(count);
+    for vector in 0..count {
+        let mut v: Vec<f64> = (0..length).map(|i| f64::from(normal[at(vector, i)])).collect();
+        for _ in 0..2 {
+            for other in &basis {
+                let dot: f64 = other.iter().zip(&v).map(|(a, b)| a * b).sum();
+                v.iter_mut().zip(other).for_each(|(v, other)| *v -= dot * other);
+            }
+        }
+        let norm = v.iter().map(|v| v * v).sum::<f64>().sqrt();
+        v.iter_mut().for_each(|v| *v /= norm);
+        basis.push(v);
+    }
+    let mut values = vec![0.0; normal.len()];
+    for (vector, v) in basis.iter().enumerate() {
+        v.iter().enumerate().for_each(|(i, v)| values[at(vector, i)] = *v as f32);
+    }
+    values
 }
 
 /// `n` draws; zeros where the distribution has no spread to draw from.
@@ -73,5 +131,25 @@ mod tests {
         let most = uniform.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         assert!(most < 1.0 / 16.0 && most > 0.99 / 16.0, "{most}");
         assert_eq!(Init::FirstRowOne.values(1, "m", &[2, 2]), [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(Init::LogCount.values(1, "a", &[2, 3])[3..], [0.0, 2.0f32.ln(), 3.0f32.ln()]);
+        assert_eq!(Init::PiCount.values(1, "a", &[1, 2]), [0.0, std::f32::consts::PI]);
+        let steps = Init::StepSize.values(3, "dt_bias", &[10_000]);
+        let steps: Vec<f64> = steps.iter().map(|v| f64::from(*v).exp().ln_1p()).collect();
+        assert!(steps.iter().all(|dt| (0.000_999..0.100_1).contains(dt)));
+        let middle = steps.iter().filter(|dt| **dt < 0.01).count();
+        assert!((4_700..5_300).contains(&middle), "{middle} of 10000 below the geometric mean");
+    }
+
+    #[test]
+    fn orthogonal_matrices_have_orthonormal_rows_or_columns() {
+        for [rows, columns] in [[1, 1], [5, 5], [40, 17], [17, 40]] {
+            let w = Init::Orthogonal.values(7, "w", &[rows, columns]);
+            let short = rows.min(columns);
+            let vector = |i: usize, k: usize| f64::from(if rows < columns { w[i * columns + k] } else { w[k * columns + i] });
+            for (i, j) in (0..short).flat_map(|i| (0..short).map(move |j| (i, j))) {
+                let dot: f64 = (0..rows.max(columns)).map(|k| vector(i, k) * vector(j, k)).sum();
+                assert!((dot - f64::from(u8::from(i == j))).abs() < 1e-6, "{rows}x{columns} {i} {j}: {dot}");
+            }
+        }
     }
 }

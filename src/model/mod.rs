@@ -1,21 +1,38 @@
 //! The models: one definition for training, evaluation and sampling, on every device.
+//!
+//! A recipe becomes a [`plan::Plan`] (the parts, their names and sizes, the order in which they run), a plan becomes a
+//! [`Model`] on a device.
 
 pub mod attention;
 pub mod block;
+pub mod embed;
 pub mod init;
+pub mod mamba1;
+pub mod mamba2;
+pub mod mamba3;
 pub mod mlp;
 pub mod params;
+pub mod plan;
+mod recompute;
+pub mod s4d;
+pub mod spec;
+pub mod state;
+mod systems;
 
 use crate::error::Result;
 use crate::ops::cross_entropy::softcap;
 use crate::ops::rope::RopeTable;
+use crate::ops::weight_form::WeightForm;
 use crate::ops::{Backend, Param, Plain, accumulate_type};
-use crate::recipe::Recipe;
-use attention::KeyValueCache;
-use block::Block;
+use crate::recipe::{PR1382, Recipe};
+use block::{Block, BlockInputs};
 use burn::tensor::{DType, Int, Tensor};
-use init::Init;
-use params::{Params, Spec};
+use embed::{Embed, EmbedState};
+use mlp::Mlp;
+use params::Params;
+use plan::{Plan, RopePlan, Visit};
+use state::BlockState;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// The name of the token embedding.
@@ -27,26 +44,31 @@ pub const SKIPS: &str = "skip_weights";
 /// The name of an untied output head.
 pub const HEAD: &str = "lm_head.weight";
 
-/// The parameters of the recipe's model, in the order of the source system's own module.
-pub fn layout(recipe: &Recipe) -> Vec<Spec> {
-    let (vocab, d, layers) = (recipe.vocab_size, recipe.model_dim, recipe.num_layers);
-    let spread = if recipe.tie_embeddings { recipe.tied_embed_init_std as f32 } else { 1.0 };
-    let mut specs = vec![Spec::new(EMBEDDING, &[vocab, d], Init::Normal(spread))];
-    if layers > 1 {
-        specs.push(Spec::new(SKIPS, &[recipe.num_encoder_layers(), d], Init::Constant(1.0)));
-    }
-    specs.extend((0..layers).flat_map(|index| block::layout(recipe, index)));
-    if !recipe.tie_embeddings {
-        specs.push(Spec::new(HEAD, &[vocab, d], Init::Constant(0.0)));
-    }
-    specs
+/// What the names of the heads that predict further ahead begin with.
+pub const AHEAD: &str = "mtp_heads.";
+
+/// The names and shapes of the parameters of the recipe's model, as the peers have them.
+pub fn layout(recipe: &Recipe) -> Result<Vec<(String, Vec<usize>)>> {
+    Ok(Plan::of(recipe)?.layout())
+}
+
+/// Number of parameters of the recipe's model.
+pub fn param_count(recipe: &Recipe) -> Result<u64> {
+    Ok(Plan::of(recipe)?.param_count())
+}
+
+/// Refuses a recipe that describes no model: keys out of bounds or at odds, or a model too large for any host.
+pub fn check(recipe: &Recipe) -> Result<()> {
+    Plan::of(recipe).map(drop)
 }
 
 /// State that a model carries from one call to the next: what its layers have seen of the sequence so far.
 #[derive(Debug, Clone)]
 pub struct Cache<B: Backend> {
-    layers: Vec<KeyValueCache<B>>,
+    embed: EmbedState<B>,
+    visits: Vec<BlockState<B>>,
     positions: usize,
+    length: usize,
 }
 
 impl<B: Backend> Cache<B> {
@@ -56,39 +78,57 @@ impl<B: Backend> Cache<B> {
     }
 }
 
-/// The challenge's model (spec/challenge.md section 4) on a device.
+/// What sees each visit's block and output, in order of execution.
+pub type Trace<'a, B> = &'a mut dyn FnMut(&str, Tensor<B, 2>);
+
+/// A model on a device.
 #[derive(Debug)]
 pub struct Model<P: Plain> {
+    plan: Plan,
     params: Params<P>,
-    tok_emb: Param<P>,
-    skip_weights: Option<Param<P>>,
+    embed: Embed<P>,
     blocks: Vec<Block<P>>,
+    extra_mlps: Vec<Mlp<P>>,
+    skips: Option<Param<P>>,
     lm_head: Option<Param<P>>,
-    softcap: Option<f64>,
-    rms_eps: f64,
-    head_dim: usize,
-    rope_base: f64,
-    rope: Mutex<Option<RopeTable<P>>>,
+    ahead: Vec<Param<P>>,
+    recurrent: AtomicBool,
+    late_form: WeightForm,
+    late_quantised: AtomicBool,
+    rope: Mutex<Option<RopeCache<P>>>,
     compute_type: DType,
     device: P::Device,
 }
 
+#[derive(Debug)]
+struct RopeCache<P: Plain> {
+    base: f64,
+    table: RopeTable<P>,
+}
+
 impl<P: Plain> Model<P> {
-    /// A model at its initial weights; activations have the type `compute_type`.
+    /// A model at its initial weights; activations have the type `compute_type`. Its recurrence is on where it begins
+    /// with the first step.
     pub fn new(recipe: &Recipe, device: &P::Device, compute_type: DType) -> Result<Self> {
-        recipe.validate()?;
-        let params = Params::init(&layout(recipe), recipe, device, compute_type);
+        let plan = Plan::of(recipe)?;
+        let params = Params::init(&plan, recipe, device, compute_type);
+        let late_form = match recipe.system.as_str() {
+            PR1382 => WeightForm::fake_int6_asymmetric(),
+            _ => WeightForm::fake_int_symmetric(recipe.quant_bits),
+        };
         Ok(Self {
-            tok_emb: params.named(EMBEDDING),
-            skip_weights: params.get(SKIPS).cloned(),
-            blocks: (0..recipe.num_layers).map(|index| Block::new(recipe, &params, index)).collect(),
+            embed: Embed::new(&plan.embed, &params),
+            blocks: plan.blocks.iter().map(|block| Block::new(block, &params, plan.rms_eps)).collect(),
+            extra_mlps: plan.extra_mlps.iter().map(|mlp| Mlp::new(mlp, &params)).collect(),
+            skips: params.get(SKIPS).cloned(),
             lm_head: params.get(HEAD).cloned(),
-            params,
-            softcap: (recipe.logit_softcap > 0.0).then_some(recipe.logit_softcap),
-            rms_eps: recipe.rms_eps,
-            head_dim: recipe.head_dim(),
-            rope_base: recipe.rope_base,
+            ahead: plan.ahead.iter().flat_map(|ahead| &ahead.heads).map(|name| params.named(name)).collect(),
+            recurrent: AtomicBool::new(recipe.recurs_at(0)),
+            late_form,
+            late_quantised: AtomicBool::new(false),
             rope: Mutex::new(None),
+            params,
+            plan,
             compute_type,
             device: device.clone(),
         })
@@ -99,9 +139,14 @@ impl<P: Plain> Model<P> {
         &self.params
     }
 
+    /// The model as data.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
     /// Number of token ids.
     pub fn vocab_size(&self) -> usize {
-        self.tok_emb.shape()[0]
+        self.plan.embed.vocab
     }
 
     /// The device that the model lives on.
@@ -114,47 +159,116 @@ impl<P: Plain> Model<P> {
         self.compute_type
     }
 
-    /// An empty state for a new sequence.
-    pub fn cache<B: Backend<Plain = P>>(&self) -> Cache<B> {
-        Cache { layers: self.blocks.iter().map(|_| KeyValueCache::default()).collect(), positions: 0 }
+    /// Turns the recurrence on or off, if the model has one.
+    pub fn set_recurrent(&self, on: bool) {
+        self.recurrent.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether the recurrence is on.
+    pub fn is_recurrent(&self) -> bool {
+        self.plan.recurrent_visits.is_some() && self.recurrent.load(Ordering::Relaxed)
+    }
+
+    /// Quantises the linear weights that the source system quantises late in training, or gives them their own form back.
+    pub fn set_late_quantised(&self, on: bool) {
+        if self.late_quantised.swap(on, Ordering::Relaxed) == on {
+            return;
+        }
+        let by_size = self.late_form != WeightForm::fake_int6_asymmetric();
+        for spec in self.plan.specs.iter().filter(|spec| spec.casted && !(by_size && spec.numel() <= 65_536)) {
+            let form = if on { self.late_form } else { spec.form };
+            self.params.named(&spec.name).set_form(form);
+        }
+    }
+
+    /// Whether those weights are quantised.
+    pub fn is_late_quantised(&self) -> bool {
+        self.late_quantised.load(Ordering::Relaxed)
+    }
+
+    fn visits(&self) -> &[Visit] {
+        self.plan.schedule(self.is_recurrent())
+    }
+
+    /// An empty state for a new sequence of at most `length` tokens. Where the rotation depends on a sequence's length,
+    /// steps equal the full forward of `length` tokens.
+    pub fn cache<B: Backend<Plain = P>>(&self, length: usize) -> Cache<B> {
+        let visits = self.visits().iter().map(|_| BlockState::default()).collect();
+        Cache { embed: EmbedState::default(), visits, positions: 0, length }
     }
 
     /// Hidden rows `[b t, c]` after the final norm for `ids[b, t]`.
     ///
     /// With a cache the call goes on after the positions that it has seen, and adds these to it. `trace` is given
-    /// each block's output in order of execution.
+    /// each visit's block and output in order of execution.
     pub fn hidden<B: Backend<Plain = P>>(
         &self,
         ids: Tensor<B, 2, Int>,
         mut cache: Option<&mut Cache<B>>,
-        mut trace: Option<&mut dyn FnMut(Tensor<B, 2>)>,
+        mut trace: Option<Trace<'_, B>>,
     ) -> Tensor<B, 2> {
-        let [batch, time] = ids.dims();
+        let time = ids.dims()[1];
         let start = cache.as_ref().map_or(0, |cache| cache.positions);
-        let rope = self.rope(start, time);
-        let x0 = B::rms_norm(B::embed(ids.reshape([batch * time]), &self.tok_emb), self.rms_eps);
-        let mut x = x0.clone();
-        let mut skips = Vec::new();
-        let encoders = self.blocks.len() / 2;
-        for (index, block) in self.blocks.iter().enumerate() {
-            if index >= encoders
-                && let (Some(skip), Some(weights)) = (skips.pop(), &self.skip_weights)
-            {
-                x = B::scaled_add(x, skip, weights, index - encoders);
+        let length = cache.as_ref().map_or(time, |cache| cache.length.max(start + time));
+        let flow = Flow {
+            batch: ids.dims()[0],
+            rope: self.rope(start, time, length),
+            values: self.embed.values(ids.clone()),
+            x0: self.embed.forward(ids, start, cache.as_mut().map(|cache| &mut cache.embed)),
+        };
+        let visits = self.visits();
+        let mut x = flow.x0.clone();
+        let mut kept: Vec<Option<Tensor<B, 2>>> = vec![None; visits.len()];
+        let mut first_values = None;
+        for (index, visit) in visits.iter().enumerate() {
+            let skip = visit.skip.and_then(|skip| kept[skip.from].take());
+            let state = cache.as_mut().map(|cache| &mut cache.visits[index]);
+            let (y, values) = self.visit(visit, x, skip, &flow, first_values.clone(), state);
+            x = y;
+            if visit.gives_values {
+                first_values = values;
             }
-            let layer = cache.as_mut().map(|cache| &mut cache.layers[index]);
-            x = block.forward(x, x0.clone(), batch, &rope, layer);
             if let Some(trace) = trace.as_mut() {
-                trace(x.clone());
+                trace(&self.plan.blocks[visit.block].name, x.clone());
             }
-            if index < encoders {
-                skips.push(x.clone());
+            if is_taken(visits, index) {
+                kept[index] = Some(x.clone());
             }
         }
         if let Some(cache) = cache {
             cache.positions += time;
         }
-        B::rms_norm(x, self.rms_eps)
+        B::rms_norm(x, self.plan.rms_eps)
+    }
+
+    /// One visit: the skip, then the block; its output and the values of its attention.
+    fn visit<B: Backend<Plain = P>>(
+        &self,
+        visit: &Visit,
+        mut x: Tensor<B, 2>,
+        skip: Option<Tensor<B, 2>>,
+        flow: &Flow<B>,
+        first_values: Option<Tensor<B, 4>>,
+        state: Option<&mut BlockState<B>>,
+    ) -> (Tensor<B, 2>, Option<Tensor<B, 4>>) {
+        if let (Some(from), Some(weights), Some(skip)) = (skip, &self.skips, visit.skip) {
+            x = B::scaled_add(x, from, weights, skip.row);
+        }
+        // A visit with another MLP is without the value embedding.
+        let layer = self.plan.blocks[visit.block].value_layer.filter(|_| visit.mlp.is_none());
+        let value_embedding = match (&flow.values, layer) {
+            (Some(values), Some(layer)) => Some(self.embed.scaled_values(values.clone(), layer)),
+            _ => None,
+        };
+        let inputs = BlockInputs {
+            x0: flow.x0.clone(),
+            batch: flow.batch,
+            rope: &flow.rope,
+            value_embedding,
+            first_values,
+        };
+        let mlp = visit.mlp.map(|index| &self.extra_mlps[index]);
+        self.blocks[visit.block].forward(x, inputs, mlp, state)
     }
 
     /// The loss in nats of each target `[b t]`, for `ids[b, t]` and `targets[b, t]`.
@@ -163,31 +277,83 @@ impl<P: Plain> Model<P> {
         ids: Tensor<B, 2, Int>,
         targets: Tensor<B, 2, Int>,
     ) -> Tensor<B, 1> {
-        let [batch, time] = ids.dims();
         let hidden = self.hidden(ids, None, None);
-        B::cross_entropy(hidden, self.head(), targets.reshape([batch * time]), self.softcap)
+        self.nll_of(hidden, targets)
+    }
+
+    fn nll_of<B: Backend<Plain = P>>(&self, hidden: Tensor<B, 2>, targets: Tensor<B, 2, Int>) -> Tensor<B, 1> {
+        let rows = hidden.dims()[0];
+        B::cross_entropy(hidden, self.head(), targets.reshape([rows]), Some(self.plan.softcap))
+    }
+
+    /// What training minimises: the loss in nats of each target, times `share`, summed as `[1]`; with the heads that
+    /// predict further ahead their mean loss beside it, by its weight.
+    fn objective_of<B: Backend<Plain = P>>(
+        &self,
+        hidden: Tensor<B, 2>,
+        targets: Tensor<B, 2, Int>,
+        share: &Tensor<P, 1>,
+    ) -> Tensor<B, 1> {
+        let [batch, time] = targets.dims();
+        let columns = hidden.dims()[1];
+        let share: Tensor<B, 1> = B::lift(share.clone());
+        let mut sum = total(self.nll_of(hidden.clone(), targets.clone()) * share.clone());
+        let weight = self.plan.ahead.as_ref().map_or(0.0, |ahead| ahead.weight) / self.ahead.len().max(1) as f64;
+        for (index, head) in self.ahead.iter().enumerate() {
+            let seen = time.saturating_sub(index + 1);
+            if seen == 0 || weight == 0.0 {
+                continue;
+            }
+            let rows = hidden.clone().reshape([batch, time, columns]).narrow(1, 0, seen);
+            let targets = targets.clone().narrow(1, index + 1, seen).reshape([batch * seen]);
+            let rows = rows.reshape([batch * seen, columns]);
+            let nll = B::cross_entropy(rows, head, targets, Some(self.plan.softcap));
+            // A mean over fewer positions.
+            sum = sum + total(nll * share.clone()).mul_scalar(weight * time as f64 / seen as f64);
+        }
+        sum
     }
 
     /// Logits `[n, v]` of hidden rows `[n, c]`, in f32 (f64 where the model computes in f64).
     pub fn logits<B: Backend<Plain = P>>(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         let dtype = accumulate_type(hidden.dtype());
         let w = B::lift(self.head().compute::<2>());
-        softcap(B::matmul_as(hidden, w.transpose(), dtype), self.softcap)
+        softcap(B::matmul_as(hidden, w.transpose(), dtype), Some(self.plan.softcap))
     }
 
     fn head(&self) -> &Param<P> {
-        self.lm_head.as_ref().unwrap_or(&self.tok_emb)
+        self.lm_head.as_ref().unwrap_or(self.embed.tokens())
     }
 
-    /// The rotation of positions `start..start + len`, from a table that grows by doubling.
-    fn rope(&self, start: usize, len: usize) -> RopeTable<P> {
-        let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The rotation of positions `start..start + len` of a sequence of `whole`, from a table that grows by doubling.
+    fn rope(&self, start: usize, len: usize, whole: usize) -> RopeTable<P> {
+        let RopePlan { rotated, .. } = self.plan.rope;
+        let base = self.plan.rope.base_for(whole);
+        let mut cache = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         let end = start + len;
-        if table.as_ref().is_none_or(|table| table.len() < end) {
+        if cache.as_ref().is_none_or(|cache| cache.base != base || cache.table.len() < end) {
             let size = end.next_power_of_two();
-            *table =
-                Some(RopeTable::new(0, size, self.head_dim, self.rope_base, &self.device, self.compute_type));
+            let table = RopeTable::new(0, size, rotated, base, &self.device, self.compute_type);
+            *cache = Some(RopeCache { base, table });
         }
-        table.as_ref().map(|table| table.range(start, len)).expect("the table was just made")
+        cache.as_ref().map(|cache| cache.table.range(start, len)).expect("the table was just made")
     }
+}
+
+/// What every visit of one pass gets.
+#[derive(Debug, Clone)]
+struct Flow<B: Backend> {
+    batch: usize,
+    rope: RopeTable<B::Plain>,
+    values: Option<Tensor<B, 2>>,
+    x0: Tensor<B, 2>,
+}
+
+/// Whether a later visit takes this one's output.
+fn is_taken(visits: &[Visit], index: usize) -> bool {
+    visits[index + 1..].iter().any(|visit| visit.skip.is_some_and(|skip| skip.from == index))
+}
+
+fn total<B: Backend>(x: Tensor<B, 1>) -> Tensor<B, 1> {
+    crate::ops::reduce::sum(x)
 }

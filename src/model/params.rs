@@ -1,64 +1,59 @@
 //! The named parameters of a model, and their way to and from host memory.
 
-use super::EMBEDDING;
-use super::init::Init;
+use super::plan::{Bank, Plan};
 use crate::error::{Error, Result};
 use crate::host::{HostTensor, HostType};
 use crate::ops::{Param, Plain, accumulate_type};
 use crate::recipe::Recipe;
 use burn::tensor::{DType, Tensor, TensorData};
 use half::bf16;
-
-/// A parameter as the model's layout states it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Spec {
-    /// The peers' own name (spec files).
-    pub name: String,
-    /// Sizes, outermost first; one or two of them.
-    pub shape: Vec<usize>,
-    /// How it starts.
-    pub init: Init,
-}
-
-impl Spec {
-    /// A parameter of that name, shape and start.
-    pub fn new(name: impl Into<String>, shape: &[usize], init: Init) -> Self {
-        Self { name: name.into(), shape: shape.to_vec(), init }
-    }
-}
+use std::collections::HashMap;
 
 /// A model's parameters in their order.
+///
+/// In host memory they have the peers' names and shapes: matrices that the source system keeps in one tensor (a bank)
+/// are one there.
 #[derive(Debug, Clone)]
-pub struct Params<P: Plain>(Vec<Param<P>>);
+pub struct Params<P: Plain> {
+    params: Vec<Param<P>>,
+    index: HashMap<String, usize>,
+    banks: Vec<Bank>,
+}
+
+/// A reading of a parameter: its row of elements, if it has one.
+type Reading<'a, P> = &'a dyn Fn(&Param<P>) -> Option<Tensor<P, 1>>;
 
 impl<P: Plain> Params<P> {
-    /// The parameters of a layout at their initial values. Masters are f32 (f64 where the model computes in f64).
-    pub fn init(layout: &[Spec], recipe: &Recipe, device: &P::Device, compute_type: DType) -> Self {
-        let param = |spec: &Spec| {
+    /// The parameters of a plan at their initial values. Masters are f32 (f64 where the model computes in f64).
+    pub fn init(plan: &Plan, recipe: &Recipe, device: &P::Device, compute_type: DType) -> Self {
+        let param = |spec: &super::spec::Spec| {
             let mut values = spec.init.values(recipe.seed, &spec.name, &spec.shape);
-            if recipe.as_written && spec.name == EMBEDDING {
-                // The challenge keeps its embedding in bf16 from the start.
+            if recipe.as_written && spec.bf16 {
                 values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
             }
             let host = HostTensor::from_f32(&spec.name, &spec.shape, &values);
             let flat = from_host::<P>(&host, device, accumulate_type(compute_type));
-            match *spec.shape {
-                [n] => Param::new(&spec.name, flat.reshape([n]), compute_type),
-                [rows, columns] => Param::new(&spec.name, flat.reshape([rows, columns]), compute_type),
-                _ => unreachable!("{} is neither a vector nor a matrix", spec.name),
-            }
+            let param = Param::of_shape(&spec.name, &spec.shape, flat, compute_type);
+            param.set_form(spec.form);
+            param
         };
-        Self(layout.iter().map(param).collect())
+        Self::of(plan.specs.iter().map(param).collect(), plan.banks.clone())
+    }
+
+    /// Parameters of different names, and which of them are one tensor in host memory.
+    pub fn of(params: Vec<Param<P>>, banks: Vec<Bank>) -> Self {
+        let index = params.iter().enumerate().map(|(index, param)| (param.name().into(), index)).collect();
+        Self { params, index, banks }
     }
 
     /// Each parameter.
     pub fn iter(&self) -> impl Iterator<Item = &Param<P>> {
-        self.0.iter()
+        self.params.iter()
     }
 
     /// The parameter of that name.
     pub fn get(&self, name: &str) -> Option<&Param<P>> {
-        self.0.iter().find(|param| param.name() == name)
+        self.index.get(name).map(|index| &self.params[*index])
     }
 
     /// The parameter of a name that the layout has.
@@ -68,36 +63,106 @@ impl<P: Plain> Params<P> {
 
     /// Number of elements of all parameters.
     pub fn numel(&self) -> usize {
-        self.0.iter().map(Param::numel).sum()
+        self.params.iter().map(Param::numel).sum()
     }
 
     /// Drops every accumulated gradient.
     pub fn clear_grads(&self) {
-        self.0.iter().for_each(Param::clear_grad);
+        self.params.iter().for_each(Param::clear_grad);
     }
 
-    /// The master values in host memory, in order.
+    /// The bank that a parameter belongs to.
+    pub fn bank_of(&self, name: &str) -> Option<&Bank> {
+        self.banks.iter().find(|bank| bank.members.iter().any(|member| member == name))
+    }
+
+    /// The master values in host memory, in order, by the peers' names.
     pub fn to_host(&self) -> Result<Vec<HostTensor>> {
-        self.0.iter().map(|param| to_host(param.name(), param.shape(), param.flat())).collect()
+        self.read(&|param| Some(param.flat()))
+    }
+
+    /// Readings in host memory, in order, by the peers' names; a parameter without one is left out, a member of a bank
+    /// of which another has one is zero.
+    pub fn read(&self, reading: Reading<'_, P>) -> Result<Vec<HostTensor>> {
+        let mut tensors: Vec<HostTensor> = Vec::new();
+        let mut done: Vec<&str> = Vec::new();
+        for param in &self.params {
+            match self.bank_of(param.name()) {
+                None => {
+                    let flat = reading(param);
+                    tensors.extend(flat.map(|flat| to_host(param.name(), param.shape(), flat)).transpose()?);
+                }
+                Some(bank) if done.contains(&bank.name.as_str()) => {}
+                Some(bank) => {
+                    done.push(&bank.name);
+                    tensors.extend(self.read_bank(bank, reading)?);
+                }
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn read_bank(&self, bank: &Bank, reading: Reading<'_, P>) -> Result<Option<HostTensor>> {
+        let members: Vec<Param<P>> = bank.members.iter().map(|name| self.named(name)).collect();
+        let rows: Vec<Option<Tensor<P, 1>>> = members.iter().map(reading).collect();
+        if rows.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let mut bytes = Vec::new();
+        let mut dtype = HostType::F32;
+        for (param, row) in members.iter().zip(rows) {
+            let row = row.unwrap_or_else(|| param.flat().zeros_like());
+            let host = to_host(param.name(), param.shape(), row)?;
+            dtype = host.dtype;
+            bytes.extend(host.bytes);
+        }
+        let shape = [&[members.len()], members[0].shape()].concat();
+        Ok(Some(HostTensor { name: bank.name.clone(), shape, dtype, bytes }))
     }
 
     /// Sets every master value from `tensors`: each name once, of the parameter's shape, and none left over.
     pub fn load(&self, tensors: &[HostTensor], place: &str) -> Result<()> {
-        for param in &self.0 {
-            let mut named = tensors.iter().filter(|tensor| tensor.name == param.name());
-            let (Some(tensor), None) = (named.next(), named.next()) else {
-                let problem = format!("tensor {} is missing or there twice", param.name());
-                return Err(Error::input(problem, place, "each parameter of the recipe once"));
-            };
-            tensor.expect_shape(param.shape(), place)?;
-            param.set_flat(from_host(tensor, &param.flat().device(), param.master_type()));
+        let mut by_name: HashMap<&str, &HostTensor> = HashMap::new();
+        for tensor in tensors {
+            let known = self.get(&tensor.name).is_some_and(|_| self.bank_of(&tensor.name).is_none())
+                || self.banks.iter().any(|bank| bank.name == tensor.name);
+            if !known {
+                let what = format!("unknown tensor {}", tensor.name);
+                return Err(Error::input(what, place, "only the parameters of the recipe"));
+            }
+            if by_name.insert(&tensor.name, tensor).is_some() {
+                let what = format!("tensor {} is there twice", tensor.name);
+                return Err(Error::input(what, place, "each parameter of the recipe once"));
+            }
         }
-        if let Some(extra) = tensors.iter().find(|tensor| self.get(&tensor.name).is_none()) {
-            return Err(Error::input(
-                format!("unknown tensor {}", extra.name),
-                place,
-                "only the parameters of the recipe",
-            ));
+        let named = |name: &str| {
+            by_name.get(name).copied().ok_or_else(|| {
+                let what = format!("tensor {name} is missing");
+                Error::input(what, place, "each parameter of the recipe once")
+            })
+        };
+        let set = |param: &Param<P>, tensor: &HostTensor| {
+            param.set_flat(from_host(tensor, &param.flat().device(), param.master_type()));
+        };
+        for param in self.params.iter().filter(|param| self.bank_of(param.name()).is_none()) {
+            let tensor = named(param.name())?;
+            tensor.expect_shape(param.shape(), place)?;
+            set(param, tensor);
+        }
+        for bank in &self.banks {
+            let tensor = named(&bank.name)?;
+            let members: Vec<Param<P>> = bank.members.iter().map(|name| self.named(name)).collect();
+            tensor.expect_shape(&[&[members.len()], members[0].shape()].concat(), place)?;
+            let size = tensor.bytes.len() / members.len();
+            for (param, bytes) in members.iter().zip(tensor.bytes.chunks(size.max(1))) {
+                let part = HostTensor {
+                    name: param.name().into(),
+                    shape: param.shape().to_vec(),
+                    dtype: tensor.dtype,
+                    bytes: bytes.to_vec(),
+                };
+                set(param, &part);
+            }
         }
         Ok(())
     }

@@ -9,28 +9,43 @@
 //! own buffer.
 
 pub mod activation;
+pub mod angle;
 pub mod attention;
+pub mod conv;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod hash;
 pub mod linear;
 pub mod matmul;
+pub mod one_pole;
 pub mod param;
 pub mod reduce;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod scan;
+pub mod selective_scan;
+mod sequence;
 mod tape;
+pub mod weight_form;
+pub mod xsa;
 
 pub use activation::ActivationOps;
+pub use angle::AngleOps;
 pub use attention::AttentionOps;
+pub use conv::ConvOps;
 pub use cross_entropy::CrossEntropyOps;
 pub use embedding::EmbeddingOps;
 pub use linear::LinearOps;
 pub use matmul::MatmulOps;
-pub use param::Param;
+pub use one_pole::OnePoleOps;
+pub use param::{Param, ParamOps};
 pub use residual::ResidualOps;
 pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
+pub use scan::ScanOps;
+pub use selective_scan::SelectiveScanOps;
+pub use xsa::XsaOps;
 
 use burn::tensor::{DType, Tensor};
 
@@ -53,28 +68,42 @@ pub trait Base: burn::tensor::backend::Backend {
 pub trait Backend:
     Base
     + ActivationOps
+    + AngleOps
     + AttentionOps
+    + ConvOps
     + CrossEntropyOps
     + EmbeddingOps
     + LinearOps
     + MatmulOps
+    + OnePoleOps
+    + ParamOps
     + ResidualOps
     + RmsNormOps
     + RopeOps
+    + ScanOps
+    + SelectiveScanOps
+    + XsaOps
 {
 }
 
 impl<B> Backend for B where
     B: Base
         + ActivationOps
+        + AngleOps
         + AttentionOps
+        + ConvOps
         + CrossEntropyOps
         + EmbeddingOps
         + LinearOps
         + MatmulOps
+        + OnePoleOps
+        + ParamOps
         + ResidualOps
         + RmsNormOps
         + RopeOps
+        + ScanOps
+        + SelectiveScanOps
+        + XsaOps
 {
 }
 
@@ -128,4 +157,12 @@ pub fn accumulate_type(dtype: DType) -> DType {
 /// on where the memory begins, so that results of equal runs differ.
 pub fn reciprocal<B: burn::tensor::backend::Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     x.ones_like() / x
+}
+
+/// `|x|`.
+///
+/// Not Burn's `abs`: burn-ndarray's takes the elements of a tensor whose dimensions were swapped in another order than
+/// its own.
+pub fn magnitude<B: burn::tensor::backend::Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
+    x.clone().clamp_min(0.0) - x.clamp_max(0.0)
 }

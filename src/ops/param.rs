@@ -1,7 +1,8 @@
 //! Parameters: a master value, the copy that the ops compute with, and a gradient that accumulates in place.
 
-use super::Plain;
-use super::tape::{primitive, tensor};
+use super::tape::{primitive, rooted, tensor};
+use super::weight_form::{self, WeightForm};
+use super::{Autodiff, Base, Plain};
 use burn::tensor::{DType, Tensor, TensorMetadata};
 use std::fmt;
 use std::ops::Range;
@@ -13,6 +14,8 @@ type Primitive<B> = <B as burn::tensor::backend::BackendTypes>::FloatTensorPrimi
 struct State<B: Plain> {
     value: Primitive<B>,
     compute: Primitive<B>,
+    form: WeightForm,
+    /// Of the computing copy.
     grad: Option<Primitive<B>>,
 }
 
@@ -27,7 +30,9 @@ struct Inner<B: Plain> {
 /// A named parameter on a device; a clone is another handle to the same one.
 ///
 /// The master value and the gradient are f32 (f64 where the model computes in f64). The copy that ops compute with has
-/// the activations' type and is made once for each new value.
+/// the activations' type and is made once for each new value; it may be a quantised form of it ([`WeightForm`]).
+///
+/// What the backwards accumulate is the gradient of the computing copy; every reader is given that of the master value.
 pub struct Param<B: Plain>(Arc<Inner<B>>);
 
 impl<B: Plain> Clone for Param<B> {
@@ -42,10 +47,6 @@ impl<B: Plain> fmt::Debug for Param<B> {
     }
 }
 
-fn cast<B: Plain, const D: usize>(value: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
-    value.cast(dtype)
-}
-
 fn flatten<B: Plain>(value: Primitive<B>) -> Tensor<B, 1> {
     let elements = value.shape().num_elements();
     tensor(B::float_reshape(value, [elements].into()))
@@ -55,15 +56,32 @@ impl<B: Plain> Param<B> {
     /// A parameter of the given master value; ops compute with a copy of type `compute_type`.
     pub fn new<const D: usize>(name: impl Into<String>, value: Tensor<B, D>, compute_type: DType) -> Self {
         let shape = value.dims().to_vec();
-        let compute = primitive(cast(value.clone(), compute_type));
-        let state = State { value: primitive(value), compute, grad: None };
-        Self(Arc::new(Inner {
+        let elements: usize = shape.iter().product();
+        Self::of_shape(name, &shape, value.reshape([elements]), compute_type)
+    }
+
+    /// A parameter of any shape, a scalar's `[]` included, from one row of all elements.
+    pub fn of_shape(
+        name: impl Into<String>,
+        shape: &[usize],
+        flat: Tensor<B, 1>,
+        compute_type: DType,
+    ) -> Self {
+        let param = Inner {
             name: name.into(),
-            shape,
+            shape: shape.to_vec(),
             compute_type,
             trainable: AtomicBool::new(true),
-            state: Mutex::new(state),
-        }))
+            state: Mutex::new(State {
+                value: primitive(flat.clone()),
+                compute: primitive(flat.clone()),
+                form: WeightForm::Full,
+                grad: None,
+            }),
+        };
+        let param = Self(Arc::new(param));
+        param.set_flat(flat);
+        param
     }
 
     fn state(&self) -> MutexGuard<'_, State<B>> {
@@ -86,23 +104,30 @@ impl<B: Plain> Param<B> {
         self.0.shape.iter().product()
     }
 
-    /// The master value. `D` must be the parameter's rank.
+    /// The sizes that the tensors have: a scalar is held as `[1]`.
+    fn held(&self) -> Vec<usize> {
+        if self.0.shape.is_empty() { vec![1] } else { self.0.shape.clone() }
+    }
+
+    fn is_matrix(&self) -> bool {
+        self.0.shape.len() == 2
+    }
+
+    /// The master value. `D` must be the parameter's rank (1 for a scalar).
     pub fn value<const D: usize>(&self) -> Tensor<B, D> {
         tensor(self.state().value.clone())
     }
 
-    /// The copy that ops compute with.
+    /// The copy that ops compute with. `D` must be the parameter's rank (1 for a scalar).
     pub fn compute<const D: usize>(&self) -> Tensor<B, D> {
         tensor(self.state().compute.clone())
     }
 
-    /// The computing copy as rows: `[n]` becomes `[1, n]`, a matrix stays.
+    /// The computing copy as rows of the last size: `[n]` becomes `[1, n]`, `[1, m, n]` becomes `[m, n]`.
     pub fn compute_rows(&self) -> Tensor<B, 2> {
-        if self.0.shape.len() == 2 {
-            return self.compute();
-        }
-        let columns = self.numel();
-        self.compute::<1>().reshape([1, columns])
+        let columns = self.0.shape.last().copied().unwrap_or(1);
+        let rows = self.numel() / columns;
+        tensor(B::float_reshape(self.state().compute.clone(), [rows, columns].into()))
     }
 
     /// The master value as one row of all elements.
@@ -112,22 +137,69 @@ impl<B: Plain> Param<B> {
 
     /// The accumulated gradient as one row of all elements.
     pub fn flat_grad(&self) -> Option<Tensor<B, 1>> {
-        self.state().grad.clone().map(flatten)
+        let (grad, value, form) = {
+            let state = self.state();
+            (state.grad.clone()?, state.value.clone(), state.form)
+        };
+        Some(self.master_grad(grad, value, form))
+    }
+
+    /// The gradient of the master value from that of the computing copy.
+    fn master_grad(&self, grad: Primitive<B>, value: Primitive<B>, form: WeightForm) -> Tensor<B, 1> {
+        if !self.is_matrix() || form == WeightForm::Full {
+            return flatten(grad);
+        }
+        let grad = weight_form::gradient(tensor::<B, 2>(value), tensor::<B, 2>(grad), form);
+        flatten(primitive(grad))
     }
 
     /// Takes the accumulated gradient as one row of all elements and leaves none.
     pub fn take_flat_grad(&self) -> Option<Tensor<B, 1>> {
-        self.state().grad.take().map(flatten)
+        let grad = self.flat_grad();
+        self.clear_grad();
+        grad
     }
 
     /// Replaces the master value by one row of all elements and refreshes the computing copy.
     pub fn set_flat(&self, value: Tensor<B, 1>) {
         assert_eq!(value.dims(), [self.numel()], "a new value of another size for {}", self.name());
-        let compute = primitive(cast(value.clone(), self.0.compute_type));
-        let shape = || self.0.shape.clone().into();
+        let held = self.held();
+        let form = self.state().form;
+        let value = B::float_reshape(primitive(value), held.into());
+        let compute = self.copy_of(value.clone(), form);
         let mut state = self.state();
-        state.value = B::float_reshape(primitive(value), shape());
-        state.compute = B::float_reshape(compute, shape());
+        state.value = value;
+        state.compute = compute;
+    }
+
+    /// The computing copy of a master value.
+    fn copy_of(&self, value: Primitive<B>, form: WeightForm) -> Primitive<B> {
+        let value = match form {
+            form if form != WeightForm::Full && self.is_matrix() => {
+                primitive(weight_form::apply(tensor::<B, 2>(value), form))
+            }
+            _ => value,
+        };
+        if value.dtype() == self.0.compute_type {
+            return value;
+        }
+        let shape = value.shape();
+        B::float_reshape(primitive(flatten::<B>(value).cast(self.0.compute_type)), shape)
+    }
+
+    /// The form of the computing copy.
+    pub fn form(&self) -> WeightForm {
+        self.state().form
+    }
+
+    /// Changes the form of the computing copy. Only matrices have other forms than the full one.
+    pub fn set_form(&self, form: WeightForm) {
+        if self.is_matrix() && self.form() != form {
+            let compute = self.copy_of(self.state().value.clone(), form);
+            let mut state = self.state();
+            state.form = form;
+            state.compute = compute;
+        }
     }
 
     /// The type of the master value, the gradient and the optimizers' state.
@@ -137,11 +209,8 @@ impl<B: Plain> Param<B> {
 
     /// Replaces the master value and refreshes the computing copy.
     pub fn set<const D: usize>(&self, value: Tensor<B, D>) {
-        assert_eq!(value.dims().as_slice(), self.shape(), "a new value of another shape for {}", self.name());
-        let compute = primitive(cast(value.clone(), self.0.compute_type));
-        let mut state = self.state();
-        state.value = primitive(value);
-        state.compute = compute;
+        assert_eq!(value.dims().as_slice(), self.held(), "a new value of another shape for {}", self.name());
+        self.set_flat(flatten(primitive(value)));
     }
 
     /// Whether a backward adds to the gradient (a frozen parameter's is neither computed nor kept).
@@ -154,14 +223,16 @@ impl<B: Plain> Param<B> {
         self.0.trainable.store(trainable, Ordering::Relaxed);
     }
 
-    /// The accumulated gradient, if any backward has reached the parameter.
+    /// The accumulated gradient, if any backward has reached the parameter. `D` must be the parameter's rank.
     pub fn grad<const D: usize>(&self) -> Option<Tensor<B, D>> {
-        self.state().grad.clone().map(tensor)
+        self.flat_grad().map(|grad| tensor(B::float_reshape(primitive(grad), self.held().into())))
     }
 
-    /// Takes the accumulated gradient and leaves none.
+    /// Takes the accumulated gradient and leaves none. `D` must be the parameter's rank.
     pub fn take_grad<const D: usize>(&self) -> Option<Tensor<B, D>> {
-        self.state().grad.take().map(tensor)
+        let grad = self.grad();
+        self.clear_grad();
+        grad
     }
 
     /// Drops the accumulated gradient.
@@ -169,33 +240,73 @@ impl<B: Plain> Param<B> {
         self.state().grad = None;
     }
 
-    /// Adds `grad` into the gradient buffer, in the master value's type; in place where the buffer is not shared.
+    /// Adds the computing copy's gradient into the buffer, in the master value's type; in place where the buffer is
+    /// not shared.
     pub fn accumulate<const D: usize>(&self, grad: Tensor<B, D>) {
-        let mut state = self.state();
-        let grad = cast(grad, tensor::<B, D>(state.value.clone()).dtype());
-        let sum = match state.grad.take() {
-            Some(sum) => tensor::<B, D>(sum) + grad,
-            None => grad,
-        };
-        state.grad = Some(primitive(sum));
+        self.accumulate_flat(flatten(primitive(grad)));
     }
 
-    /// Adds `grad` (`[rows.len(), n]`) into rows of the gradient buffer; a vector `[n]` has the one row 0.
-    pub fn accumulate_rows(&self, rows: Range<usize>, grad: Tensor<B, 2>) {
-        match *self.shape() {
-            [columns] => self.accumulate::<1>(grad.reshape([columns])),
-            [all, columns] if rows.len() == all => self.accumulate::<2>(grad.reshape([all, columns])),
-            [all, columns] => {
-                let mut state = self.state();
-                let value: Tensor<B, 2> = tensor(state.value.clone());
-                let sum: Tensor<B, 2> = match state.grad.take() {
-                    Some(sum) => tensor(sum),
-                    None => Tensor::zeros([all, columns], (&value.device(), value.dtype())),
-                };
-                let grad = sum.clone().slice([rows.clone(), 0..columns]) + cast(grad, value.dtype());
-                state.grad = Some(primitive(sum.slice_assign([rows, 0..columns], grad)));
-            }
-            _ => unreachable!("rows of a parameter of rank {}", self.shape().len()),
-        }
+    /// [`Self::accumulate`] of one row of all elements.
+    pub fn accumulate_flat(&self, grad: Tensor<B, 1>) {
+        assert_eq!(grad.dims(), [self.numel()], "a gradient of another size for {}", self.name());
+        let held = self.held();
+        let mut state = self.state();
+        let grad = grad.cast(state.value.dtype());
+        let sum = match state.grad.take() {
+            Some(sum) => flatten::<B>(sum) + grad,
+            None => grad,
+        };
+        state.grad = Some(B::float_reshape(primitive(sum), held.into()));
     }
+
+    /// Adds `grad` (`[rows.len(), n]`) into rows of the gradient buffer, rows as [`Self::compute_rows`] has them.
+    pub fn accumulate_rows(&self, rows: Range<usize>, grad: Tensor<B, 2>) {
+        let columns = self.0.shape.last().copied().unwrap_or(1);
+        let all = self.numel() / columns;
+        if rows.len() == all {
+            return self.accumulate(grad);
+        }
+        let held = self.held();
+        let mut state = self.state();
+        let dtype = state.value.dtype();
+        let sum: Tensor<B, 2> = match state.grad.take() {
+            Some(sum) => tensor(B::float_reshape(sum, [all, columns].into())),
+            None => Tensor::zeros([all, columns], (&grad.device(), dtype)),
+        };
+        let grad = sum.clone().slice([rows.clone(), 0..columns]) + grad.cast(dtype);
+        let sum = sum.slice_assign([rows, 0..columns], grad);
+        state.grad = Some(B::float_reshape(primitive(sum), held.into()));
+    }
+}
+
+/// Parameters as tensors of an expression, for what is composed of Burn's ops.
+pub trait ParamOps: Base {
+    /// The computing copy in the given sizes.
+    fn weight<const D: usize>(param: &Param<Self::Plain>, dims: [usize; D]) -> Tensor<Self, D> {
+        Self::lift(flatten::<Self::Plain>(param.state().compute.clone()).reshape(dims))
+    }
+
+    /// The master value (f32, or f64 where the model computes in f64) in the given sizes. Of a full form only.
+    fn master<const D: usize>(param: &Param<Self::Plain>, dims: [usize; D]) -> Tensor<Self, D> {
+        Self::lift(flatten::<Self::Plain>(param.state().value.clone()).reshape(dims))
+    }
+}
+
+impl<B: Plain> ParamOps for Autodiff<B> {
+    fn weight<const D: usize>(param: &Param<B>, dims: [usize; D]) -> Tensor<Self, D> {
+        hung(param, B::weight(param, dims))
+    }
+
+    fn master<const D: usize>(param: &Param<B>, dims: [usize; D]) -> Tensor<Self, D> {
+        hung(param, B::master(param, dims))
+    }
+}
+
+/// A parameter's value whose gradient goes to the parameter's buffer.
+fn hung<B: Plain, const D: usize>(param: &Param<B>, value: Tensor<B, D>) -> Tensor<Autodiff<B>, D> {
+    if !param.is_trainable() {
+        return Tensor::from_inner(value);
+    }
+    let param = param.clone();
+    rooted(value, move |grad| param.accumulate(grad))
 }

@@ -15,12 +15,12 @@ pub struct AdamConfig {
     pub eps: f64,
     /// Decoupled weight decay (AdamW); 0 for plain Adam.
     pub weight_decay: f64,
-    /// Keep parameters and moments rounded to bf16 after each update, as a source system that stores them so.
-    pub bf16: bool,
 }
 
 struct Slot<P: Plain> {
     param: Param<P>,
+    /// Keeps the parameter and its moments rounded to bf16 after each update, as a source system that stores them so.
+    bf16: bool,
     moments: Option<[Tensor<P, 1>; 2]>,
     steps: u64,
 }
@@ -33,10 +33,10 @@ pub struct Adam<P: Plain> {
 }
 
 impl<P: Plain> Adam<P> {
-    /// Adam over `params` at the base learning rate `lr`.
-    pub fn new(params: Vec<Param<P>>, lr: f64, config: AdamConfig) -> Self {
-        let slots = params.into_iter().map(|param| Slot { param, moments: None, steps: 0 }).collect();
-        Self { config, lr, slots }
+    /// Adam over `params` (kept in bf16, or not) at the base learning rate `lr`.
+    pub fn new(params: Vec<(Param<P>, bool)>, lr: f64, config: AdamConfig) -> Self {
+        let slot = |(param, bf16)| Slot { param, bf16, moments: None, steps: 0 };
+        Self { config, lr, slots: params.into_iter().map(slot).collect() }
     }
 
     /// One update from the accumulated gradients times `grad_scale`, at `lr_mul` times the base rate; takes them.
@@ -44,10 +44,11 @@ impl<P: Plain> Adam<P> {
     /// `m = b1 m + (1-b1) g`, `v = b2 v + (1-b2) g^2`, `p -= lr (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)`. A parameter
     /// that no gradient has reached stays.
     pub fn step(&mut self, lr_mul: f64, grad_scale: Option<Tensor<P, 1>>) {
-        let AdamConfig { beta1, beta2, eps, weight_decay, bf16 } = self.config;
+        let AdamConfig { beta1, beta2, eps, weight_decay } = self.config;
         let lr = self.lr * lr_mul;
-        let keep = |x: Tensor<P, 1>| if bf16 { round_bf16(x) } else { x };
         for slot in &mut self.slots {
+            let bf16 = slot.bf16;
+            let keep = |x: Tensor<P, 1>| if bf16 { round_bf16(x) } else { x };
             let Some(grad) = slot.param.take_flat_grad() else { continue };
             let grad = match &grad_scale {
                 Some(scale) => grad * scale.clone(),

@@ -16,76 +16,137 @@ pub struct MuonConfig {
     pub weight_decay: f64,
     /// The type that Newton-Schulz computes in.
     pub dtype: DType,
+    /// Ranks of the source system whose row blocks of a matrix are orthogonalised one by one; 1 takes it whole.
+    pub shards: usize,
+}
+
+/// A matrix and how it is updated.
+pub struct MuonParam<P: Plain> {
+    /// The matrix.
+    pub param: Param<P>,
+    /// The base learning rates of its updates, one after the other in each step from the same gradient.
+    pub lrs: Vec<f64>,
+    /// Keeps the matrix rounded to bf16.
+    pub bf16: bool,
+    /// Keeps its gradient and momentum rounded to bf16.
+    pub bf16_state: bool,
+    /// Whether the source system deals it to one rank as a whole, not by rows.
+    pub whole: bool,
 }
 
 struct Slot<P: Plain> {
-    param: Param<P>,
-    momentum: Option<Tensor<P, 2>>,
+    muon: MuonParam<P>,
+    /// The momentum, and that of updates after the first where those have one of their own.
+    momentum: [Option<Tensor<P, 2>>; 2],
 }
 
-/// Muon over a group of matrices with one learning rate.
+/// What stands before a matrix's name in the names of its momenta.
+const STATE_NAMES: [&str; 2] = ["muon.momentum.", "muon.momentum2."];
+
+/// Muon over a group of matrices.
 pub struct Muon<P: Plain> {
     config: MuonConfig,
-    lr: f64,
     slots: Vec<Slot<P>>,
 }
 
+/// One matrix's update before it is orthogonalised: of which slot, from which row.
+struct Part<P: Plain> {
+    slot: usize,
+    rows: usize,
+    update: Tensor<P, 2>,
+}
+
 impl<P: Plain> Muon<P> {
-    /// Muon over the matrices `params` at the base learning rate `lr`.
-    pub fn new(params: Vec<Param<P>>, lr: f64, config: MuonConfig) -> Self {
-        let slots = params.into_iter().map(|param| Slot { param, momentum: None }).collect();
-        Self { config, lr, slots }
+    /// Muon over `matrices`.
+    pub fn new(matrices: Vec<MuonParam<P>>, config: MuonConfig) -> Self {
+        let slots = matrices.into_iter().map(|muon| Slot { muon, momentum: [None, None] }).collect();
+        Self { config, slots }
     }
 
-    /// One update from the accumulated gradients times `grad_scale`, at `lr_mul` times the base rate; takes them.
+    /// Each matrix's update from the accumulated gradients times `grad_scale`, at `lr_mul` times the base rates; takes
+    /// them.
     ///
     /// `buf = mu buf + g`, `u = g + mu buf` (or `buf`), `w -= lr sqrt(max(1, rows/columns)) newton_schulz(u)`. Matrices
-    /// of one shape go through the iteration together.
+    /// of one shape go through the iteration together. Of several updates in a step the later ones use the same
+    /// gradient and advance the momentum again; on several ranks the source system gives them whole matrices and a
+    /// momentum of their own (spec/pr1382.md section 6, quirk C; there from each rank's own gradient, here from the mean).
     pub fn step(&mut self, lr_mul: f64, momentum: f64, grad_scale: Option<Tensor<P, 1>>) {
-        let lr = self.lr * lr_mul;
-        let mut shapes: BTreeMap<[usize; 2], Vec<(usize, Tensor<P, 2>)>> = BTreeMap::new();
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let Some(grad) = slot.param.take_grad::<2>() else { continue };
+        let gradient = |slot: &Slot<P>| {
+            let grad = slot.muon.param.take_grad::<2>()?;
             let grad = match &grad_scale {
                 Some(scale) => grad * scale.clone().reshape([1, 1]),
                 None => grad,
             };
-            let buffer = match slot.momentum.take() {
+            Some(kept(grad, slot.muon.bf16_state))
+        };
+        let grads: Vec<Option<Tensor<P, 2>>> = self.slots.iter().map(gradient).collect();
+        let passes = self.slots.iter().map(|slot| slot.muon.lrs.len()).max().unwrap_or(0);
+        for pass in 0..passes {
+            self.pass(pass, &grads, lr_mul, momentum);
+        }
+    }
+
+    fn pass(&mut self, pass: usize, grads: &[Option<Tensor<P, 2>>], lr_mul: f64, momentum: f64) {
+        let sharded = self.config.shards > 1;
+        let buffer_of = usize::from(sharded && pass > 0);
+        let mut shapes: BTreeMap<[usize; 2], Vec<Part<P>>> = BTreeMap::new();
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let (Some(grad), true) = (grads[index].clone(), pass < slot.muon.lrs.len()) else { continue };
+            let buffer = match slot.momentum[buffer_of].take() {
                 Some(buffer) => buffer.mul_scalar(momentum) + grad.clone(),
                 None => grad.clone(),
             };
+            let buffer = kept(buffer, slot.muon.bf16_state);
             let update = match self.config.nesterov {
-                true => grad + buffer.clone().mul_scalar(momentum),
+                true => kept(grad + buffer.clone().mul_scalar(momentum), slot.muon.bf16_state),
                 false => buffer.clone(),
             };
-            slot.momentum = Some(buffer);
-            shapes.entry(update.dims()).or_default().push((index, update));
+            slot.momentum[buffer_of] = Some(buffer);
+            let [rows, columns] = update.dims();
+            let shards = if slot.muon.whole || pass > 0 { 1 } else { self.config.shards };
+            let height = rows.div_ceil(shards);
+            for start in (0..rows).step_by(height) {
+                let len = height.min(rows - start);
+                let update = update.clone().narrow(0, start, len);
+                shapes.entry([len, columns]).or_default().push(Part { slot: index, rows: start, update });
+            }
         }
-        for ([rows, columns], updates) in shapes {
-            let (indices, updates): (Vec<usize>, Vec<Tensor<P, 2>>) = updates.into_iter().unzip();
+        let mut done: BTreeMap<usize, Vec<(usize, Tensor<P, 2>)>> = BTreeMap::new();
+        for ([rows, columns], parts) in shapes {
+            let (places, updates): (Vec<(usize, usize)>, Vec<Tensor<P, 2>>) =
+                parts.into_iter().map(|part| ((part.slot, part.rows), part.update)).unzip();
             let master = updates[0].dtype();
             let stacked = Tensor::stack::<3>(updates, 0).cast(self.config.dtype);
-            let iteration = self.config.newton_schulz;
-            let ratio = (rows as f64 / columns as f64).max(1.0).sqrt();
-            let orthogonal = iteration.keep(iteration.apply(stacked).mul_scalar(ratio)).cast(master);
-            for (position, index) in indices.into_iter().enumerate() {
-                let param = &self.slots[index].param;
-                let update = orthogonal.clone().narrow(0, position, 1).reshape([rows, columns]);
-                let mut value = param.value::<2>();
-                if self.config.weight_decay != 0.0 {
-                    value = value.mul_scalar(1.0 - lr * self.config.weight_decay);
-                }
-                param.set(value - update.mul_scalar(lr));
+            let orthogonal = self.config.newton_schulz.apply(stacked);
+            for (position, (slot, start)) in places.into_iter().enumerate() {
+                let part = orthogonal.clone().narrow(0, position, 1).reshape([rows, columns]).cast(master);
+                done.entry(slot).or_default().push((start, part));
             }
+        }
+        for (index, mut parts) in done {
+            parts.sort_by_key(|(start, _)| *start);
+            let update = Tensor::cat(parts.into_iter().map(|(_, part)| part).collect(), 0);
+            let MuonParam { param, lrs, bf16, .. } = &self.slots[index].muon;
+            let lr = lrs[pass] * lr_mul;
+            let [rows, columns] = update.dims();
+            let ratio = (rows as f64 / columns as f64).max(1.0).sqrt();
+            let update = self.config.newton_schulz.keep(update.mul_scalar(ratio));
+            let mut value = param.value::<2>();
+            if self.config.weight_decay != 0.0 {
+                value = value.mul_scalar(1.0 - lr * self.config.weight_decay);
+            }
+            param.set(kept(value - update.mul_scalar(lr), *bf16));
         }
     }
 
     /// The momentum of each matrix that has one.
     pub(super) fn state(&self, out: &mut OptimizerState<P>) {
         for slot in &self.slots {
-            if let Some(buffer) = &slot.momentum {
-                let flat = buffer.clone().reshape([slot.param.numel()]);
-                out.push(format!("muon.momentum.{}", slot.param.name()), flat, 0);
+            for (name, buffer) in STATE_NAMES.iter().zip(&slot.momentum) {
+                if let Some(buffer) = buffer {
+                    let flat = buffer.clone().reshape([slot.muon.param.numel()]);
+                    out.push(format!("{name}{}", slot.muon.param.name()), flat, 0);
+                }
             }
         }
     }
@@ -93,11 +154,18 @@ impl<P: Plain> Muon<P> {
     /// Sets the momentum from what [`Self::state`] gave; a matrix without one starts anew.
     pub(super) fn restore(&mut self, from: &mut OptimizerState<P>) {
         for slot in &mut self.slots {
-            let flat = from.take(&format!("muon.momentum.{}", slot.param.name()));
-            let [rows, columns] = [slot.param.shape()[0], slot.param.shape()[1]];
-            slot.momentum = flat.map(|(flat, _)| flat.reshape([rows, columns]));
+            let param = &slot.muon.param;
+            let [rows, columns] = [param.shape()[0], param.shape()[1]];
+            slot.momentum = STATE_NAMES.map(|name| {
+                let flat = from.take(&format!("{name}{}", param.name()));
+                flat.map(|(flat, _)| flat.reshape([rows, columns]))
+            });
         }
     }
+}
+
+fn kept<P: Plain>(x: Tensor<P, 2>, bf16: bool) -> Tensor<P, 2> {
+    if bf16 { round_bf16(x) } else { x }
 }
 
 /// Quintic Newton-Schulz iteration towards the nearest orthogonal matrix.

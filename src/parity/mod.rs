@@ -9,10 +9,12 @@ mod compare;
 mod data;
 mod fixture;
 mod index;
+mod layers;
 mod model;
 mod ops;
 mod optim;
 mod quant;
+mod recipe;
 mod train;
 
 use crate::error::{Error, Result};
@@ -101,21 +103,60 @@ fn refused(fixture: &str, error: &Error) -> Row {
 type Solve<P> = fn(&mut Case<'_, P>) -> Result<()>;
 
 /// Every kind that is known.
-fn kinds<P: Plain>() -> [(&'static str, Solve<P>); 13] {
-    [
+fn kinds<P: Plain>() -> Vec<(&'static str, Solve<P>)> {
+    vec![
         ("data.byte_table", data::byte_table),
-        ("model.challenge", model::challenge),
+        ("layer.mamba2", layers::mamba2_official),
+        ("model.challenge", model::model),
+        ("model.pr1382", model::model),
+        ("model.pr1607", model::model),
+        ("model.pr1994", model::model),
+        ("op.attn1382_xsa0", layers::attention_1382),
+        ("op.attn1382_xsa1", layers::attention_1382),
+        ("op.attn1607_siluv", layers::attention_1607),
+        ("op.attn1994_ternary", layers::attention_1994),
         ("op.attn_causal_gqa", ops::causal_attention),
         ("op.attn_qknorm_rope_gain_gqa", ops::normed_attention),
-        ("op.relu2_mlp", ops::relu_squared_mlp),
+        ("op.bigram1382", layers::hashed_1382),
+        ("op.bigram1382_trigram", layers::hashed_1382_triples),
+        ("op.bigram1607", layers::hashed_1607),
+        ("op.bigram_hash_ids", layers::hash_ids),
+        ("op.bitlinear_ste", layers::bit_linear),
+        ("op.causal_conv1d", layers::causal_conv),
+        ("op.causal_conv1d_silu", layers::causal_conv_silu),
+        ("op.fake_int6_1382", layers::fake_int6_1382),
+        ("op.fake_int6_1607", layers::fake_int6_1607),
+        ("op.kill_mamba2_core", layers::kill_core),
+        ("op.leakyrelu2_mlp", layers::leaky_mlp),
+        ("op.mamba1_block", layers::mamba1_block),
+        ("op.mamba1_scan", layers::mamba1_scan),
+        ("op.mamba2_layer_full", layers::mamba2_layer),
+        ("op.mamba2_layer_kill", layers::mamba2_layer),
+        ("op.mamba2_layer_kill_ternary", layers::mamba2_layer),
+        ("op.mamba3_layer", layers::mamba3_layer),
+        ("op.mamba3_siso_core", layers::mamba3_core),
+        ("op.mlp1607_leaky2", layers::leaky_mlp_1607),
+        ("op.relu2_mlp", layers::relu_squared_mlp),
         ("op.rmsnorm", ops::rms_norm),
+        ("op.rmsnorm_gated", layers::gated_norm),
         ("op.rope", ops::rope),
+        ("op.rope1382", layers::rope_1382),
+        ("op.s4d_lin_layer", layers::s4d_layer),
+        ("op.smear1382", layers::smear_1382),
+        ("op.smear1607", layers::smear_1607),
         ("op.softcap_xent", ops::cross_entropy),
+        ("op.ssd", layers::ssd),
+        ("op.swiglu_mlp", layers::swiglu_mlp),
+        ("op.swiglu_ternary", layers::swiglu_ternary),
+        ("op.xsa", layers::exclude_self),
         ("optim.adamw", optim::adamw),
         ("optim.muon", optim::muon),
         ("optim.newton_schulz", optim::newton_schulz),
         ("quant.int8", quant::int8),
-        ("train.challenge", train::challenge),
+        ("train.challenge", train::train),
+        ("train.pr1382", train::train),
+        ("train.pr1607", train::train),
+        ("train.pr1994", train::train),
     ]
 }
 

@@ -6,8 +6,7 @@ use crate::ops::cross_entropy::softcap;
 use crate::ops::rms_norm::EPS;
 use crate::ops::rope::RopeTable;
 use crate::ops::{
-    ActivationOps, AttentionOps, Autodiff, CrossEntropyOps, LinearOps, Param, Plain, ResidualOps, RmsNormOps,
-    RopeOps, reduce,
+    AttentionOps, Autodiff, CrossEntropyOps, Param, Plain, ResidualOps, RmsNormOps, RopeOps, reduce,
 };
 use burn::tensor::{DType, Tensor};
 
@@ -154,32 +153,6 @@ pub(super) fn normed_attention<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
         give_heads(case, name, x.grad(&grads))?;
     }
     case.give("grad.gain", &[count], gain.take_flat_grad())
-}
-
-/// `relu(x w_up^T)^2 w_down^T` over the last dimension.
-pub(super) fn relu_squared_mlp<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
-    let config = case.entry.section("config")?;
-    config.only(&["form"])?;
-    config.formula("form", "relu(x Wu^T)^2 Wd^T")?;
-    let (x, shape) = case.matrix("in.x")?;
-    let (up, down) = (case.float::<2>("in.w_up")?, case.float::<2>("in.w_down")?);
-    let ([hidden, _], [outputs, _]) = (up.dims(), down.dims());
-    case.expect_shape("in.w_up", &[hidden, x.dims()[1]])?;
-    case.expect_shape("in.w_down", &[outputs, hidden])?;
-    let mut out_shape = shape.clone();
-    out_shape.pop();
-    out_shape.push(outputs);
-    case.expect_shape("cot.y", &out_shape)?;
-    let (cot, _) = case.matrix("cot.y")?;
-    let (up, down) = (Param::new("w_up", up, case.dtype), Param::new("w_down", down, case.dtype));
-    let x = tracked(x);
-    let inner = Autodiff::<P>::relu_squared(Autodiff::<P>::project(x.clone(), &up));
-    let y = Autodiff::<P>::project(inner, &down);
-    case.give("out.y", &out_shape, Some(y.clone().inner()))?;
-    let grads = (y * lifted(cot)).backward();
-    case.give("grad.x", &shape, x.grad(&grads))?;
-    case.give("grad.w_up", up.shape(), up.take_flat_grad())?;
-    case.give("grad.w_down", down.shape(), down.take_flat_grad())
 }
 
 /// Cross-entropy over softcapped logits `in.h[n, c] in.w[v, c]^T` for `in.target[n]`, averaged or summed.

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::ops::{Param, Plain};
 use crate::optim::adam::{Adam, AdamConfig};
-use crate::optim::muon::{Muon, MuonConfig, NewtonSchulz};
+use crate::optim::muon::{Muon, MuonConfig, MuonParam, NewtonSchulz};
 use burn::tensor::Tensor;
 
 /// The names of a series of steps: a start `p0`, gradients `grad0, grad1, ...` and results `p1, p2, ...`.
@@ -67,11 +67,10 @@ pub(super) fn adamw<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
         beta2,
         eps: config.needed("eps")?,
         weight_decay: config.number("weight_decay")?.unwrap_or(0.0),
-        bf16: false,
     };
     let (value, shape) = case.flat("in.p0")?;
     let param = Param::new("p", value, case.dtype);
-    let mut adam = Adam::new(vec![param.clone()], lr, config);
+    let mut adam = Adam::new(vec![(param.clone(), false)], lr, config);
     Series::plain().run::<P, 1>(case, &param, &shape, || adam.step(1.0, None))
 }
 
@@ -88,6 +87,7 @@ pub(super) fn muon<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
         nesterov: config.flag("nesterov", true)?,
         weight_decay: config.number("wd")?.unwrap_or(0.0),
         dtype: case.dtype,
+        shards: 1,
     };
     let names = case.tensors.iter().filter_map(|(name, _)| name.strip_suffix(".p0"));
     let names: Vec<String> = names.map(String::from).collect();
@@ -97,7 +97,14 @@ pub(super) fn muon<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     for name in names {
         let series = if name == "in" { Series::plain() } else { Series::named(&name) };
         let param = Param::new("p", case.float::<2>(&series.start)?, case.dtype);
-        let mut muon = Muon::new(vec![param.clone()], lr, config);
+        let matrix = MuonParam {
+            param: param.clone(),
+            lrs: vec![lr],
+            bf16: false,
+            bf16_state: false,
+            whole: true,
+        };
+        let mut muon = Muon::new(vec![matrix], config);
         let shape = param.shape().to_vec();
         series.run::<P, 2>(case, &param, &shape, || muon.step(1.0, momentum, None))?;
         let input = format!("{name}.ns_in");

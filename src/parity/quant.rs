@@ -2,18 +2,19 @@
 
 use super::case::Case;
 use super::compare::Tolerance;
-use super::model::env_recipe;
+use super::recipe::env_recipe;
 use crate::error::Result;
 use crate::host::HostTensor;
 use crate::ops::Plain;
 use crate::quant::{QuantTensor, Scheme, Stats, Storage, quantize};
+use crate::recipe::CHALLENGE;
 use std::collections::BTreeSet;
 
 /// Compares codes, scales, what is kept as floats, the weights restored, and the counts and lists of the entry. All of
 /// it is float32 on the host, whatever the device.
 pub(super) fn int8<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     case.entry.section("config")?.only(&["keys", "stats"])?;
-    let recipe = env_recipe(case.entry)?;
+    let recipe = env_recipe(case.entry, CHALLENGE)?;
     if case.entry.top().number("tol_codes")?.is_some() {
         case.tolerate("quantized.", Tolerance::Relative(case.entry.bound("tol_codes")?));
     }

@@ -1,17 +1,18 @@
-//! `train.challenge`: some optimizer steps of a whole model, from the accumulated gradients to the final weights.
+//! `train.*`: some optimizer steps of a whole model, from the accumulated gradients to the final weights.
 
-use super::case::{Case, integers};
+use super::case::Case;
 use super::compare::Tolerance;
 use super::fixture::Tensors;
-use super::model::{Batch, build, checked, mean_loss, recipe};
+use super::model::{Batch, accumulate, build};
+use super::recipe::{checked, recipe};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::model::Model;
-use crate::ops::{Autodiff, Base, Plain};
-use crate::optim::muon::NewtonSchulz;
+use crate::ops::{Base, Plain};
+use crate::optim::averages::Averages;
 use crate::optim::schedule::{lr_multiplier, muon_momentum};
-use crate::optim::{Group, Optimizers, group_of};
-use crate::recipe::Recipe;
+use crate::optim::{Group, Optimizers, Rounding, group_of};
+use crate::recipe::{PR1382, PR1607, PR1994, Recipe};
 use burn::tensor::DType;
 use std::collections::BTreeSet;
 
@@ -38,14 +39,15 @@ const HYPER: [&str; 16] = [
     "warmdown_iters",
 ];
 
-/// What other systems' training has and the challenge's has not.
-const ABSENT: [&str; 5] = ["adam_wd", "ema", "ema_offset", "lr_warmup_steps", "muon_wd"];
+/// What only some systems' training has.
+const OPTIONS: [&str; 7] =
+    ["adam_wd", "ema", "ema_offset", "lr_warmup_steps", "mamba_matrix_lr", "muon_wd", "recur_from"];
 
 /// Runs the steps of `in.ids[step, micro-batch, b, t]` from `param0.*`.
 ///
 /// A file `*_f32` has no inputs of its own: they are in its sibling `*_f64`. Its numbers are those of a float32 run and
 /// are compared absolutely.
-pub(super) fn challenge<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
+pub(super) fn train<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     set_tolerances(case)?;
     let sibling = match case.name.strip_suffix("_f32") {
         Some(stem) if case.tensors.peek("in.ids").is_none() => {
@@ -96,6 +98,7 @@ fn set_tolerances<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
 /// A model before its first step, and what it trains on.
 struct Run<P: Plain> {
     recipe: Recipe,
+    recur_from: Option<usize>,
     model: Model<P>,
     sizes: [usize; 4],
     ids: Vec<i64>,
@@ -110,59 +113,63 @@ impl<P: Plain> Run<P> {
         let sizes = [steps, spans, batch, time];
         let mut recipe = recipe(case, [spans, batch, time])?;
         set_hyper(case, &mut recipe, steps)?;
+        let recur_from = case.entry.section("hyper")?.count("recur_from")?;
         let recipe = checked(recipe, "hyper")?;
         case.expect_shape("in.targets", &sizes)?;
         let (ids, _) = case.ids("in.ids", recipe.vocab_size)?;
         let (targets, _) = case.ids("in.targets", recipe.vocab_size)?;
         let model = build(case, &recipe, &case.tensors, "param0.")?;
-        Ok(Self { recipe, model, sizes, ids, targets })
+        Ok(Self { recipe, recur_from, model, sizes, ids, targets })
     }
 
     fn batch<B: Base<Plain = P>>(&self, step: usize, span: usize, device: &B::Device) -> Batch<B> {
         let [_, spans, batch, time] = self.sizes;
         let start = (step * spans + span) * batch * time;
         let range = start..start + batch * time;
-        [&self.ids, &self.targets].map(|ids| integers(ids[range.clone()].to_vec(), [batch, time], device))
+        super::model::batch::<B>([&self.ids[range.clone()], &self.targets[range]], [batch, time], device)
     }
 
     fn steps(self, case: &mut Case<'_, P>) -> Result<()> {
         let [steps, spans, ..] = self.sizes;
         let (recipe, model) = (&self.recipe, &self.model);
         check_groups(case, recipe, model)?;
-        let iteration = NewtonSchulz { bf16: case.entry.says("bfloat16"), ..NewtonSchulz::default() };
-        let mut optimizers = Optimizers::with_newton_schulz(recipe, model, iteration);
+        let rounding = Rounding { newton_schulz: case.entry.says("bfloat16"), storage: false };
+        let mut optimizers = Optimizers::with_rounding(recipe, model, rounding);
+        let mut averages = Averages::new(recipe, model, false);
         let (mut losses, mut muls, mut momenta) = (Vec::new(), Vec::new(), Vec::new());
         for step in 0..steps {
+            model.set_recurrent(self.recur_from.is_some_and(|from| step >= from));
             let mut mean = 0.0;
             for span in 0..spans {
-                let batch = self.batch::<Autodiff<P>>(step, span, case.device);
-                let loss = mean_loss(model, batch).mul_scalar(1.0 / spans as f64);
-                mean += scalar(loss.clone().inner())?;
-                loss.backward();
+                mean += scalar(accumulate(model, self.batch::<P>(step, span, case.device), spans))?;
             }
             losses.push(mean);
             if step == 0 {
                 let scale = optimizers.clip_scale();
-                for param in model.params().iter() {
-                    let grad = param.flat_grad();
-                    let clipped = grad.map(|grad| match &scale {
-                        Some(scale) => grad * scale.clone(),
-                        None => grad,
-                    });
-                    case.give(&format!("grad0.{}", param.name()), param.shape(), clipped)?;
+                let clipped = |grad| match &scale {
+                    Some(scale) => grad * scale.clone(),
+                    None => grad,
+                };
+                for grad in model.params().read(&|param| param.flat_grad().map(clipped))? {
+                    case.give_host(HostTensor { name: format!("grad0.{}", grad.name), ..grad });
                 }
             }
             muls.push(lr_multiplier(recipe, step, 0.0));
             momenta.push(muon_momentum(recipe, step));
             optimizers.step(muls[step], momenta[step]);
+            averages.update(step + 1, muls[step]);
             if step == 0 {
                 give_params(case, model, "after1.")?;
             }
         }
         give_params(case, model, "final.")?;
+        for average in model.params().read(&|param| averages.average(param.name()))? {
+            case.give_host(HostTensor { name: format!("ema.{}", average.name), ..average });
+        }
         case.give_host(HostTensor::from_f64("out.losses", &[steps], &losses));
-        let last = mean_loss(model, self.batch::<P>(0, 0, case.device));
+        let last = accumulate(model, self.batch::<P>(0, 0, case.device), 1);
         case.give("out.final_loss", &[1], Some(last))?;
+        model.params().clear_grads();
         check_schedule(case, "lr_mul", &muls)?;
         check_schedule(case, "muon_momentum", &momenta)
     }
@@ -174,8 +181,8 @@ fn scalar<P: Plain>(value: burn::tensor::Tensor<P, 1>) -> Result<f64> {
 }
 
 fn give_params<P: Plain>(case: &mut Case<'_, P>, model: &Model<P>, prefix: &str) -> Result<()> {
-    for param in model.params().iter() {
-        case.give(&format!("{prefix}{}", param.name()), param.shape(), Some(param.flat()))?;
+    for tensor in model.params().to_host()? {
+        case.give_host(HostTensor { name: format!("{prefix}{}", tensor.name), ..tensor });
     }
     Ok(())
 }
@@ -183,12 +190,8 @@ fn give_params<P: Plain>(case: &mut Case<'_, P>, model: &Model<P>, prefix: &str)
 /// Takes the entry's `hyper` into the recipe: a schedule by steps, one token rate whether tied or not.
 fn set_hyper<P: Plain>(case: &Case<'_, P>, recipe: &mut Recipe, steps: usize) -> Result<()> {
     let hyper = case.entry.section("hyper")?;
-    hyper.only(&[HYPER.as_slice(), &ABSENT].concat())?;
-    for key in ABSENT {
-        if hyper.number(key)?.unwrap_or(0.0) != 0.0 {
-            return Err(Error::input(format!("{key} is set"), "hyper", "0 or nothing, as in the challenge"));
-        }
-    }
+    hyper.only(&[HYPER.as_slice(), &OPTIONS].concat())?;
+    set_options(case, recipe)?;
     for (key, found) in [("steps", steps), ("grad_accum", recipe.grad_accum_steps)] {
         if hyper.count(key)? != Some(found) {
             return Err(Error::input(format!("another {key} than in.ids has"), "hyper", found));
@@ -216,18 +219,67 @@ fn set_hyper<P: Plain>(case: &Case<'_, P>, recipe: &mut Recipe, steps: usize) ->
     Ok(())
 }
 
+/// Takes what only some systems have. One that the entry's system has not may be there as 0.
+fn set_options<P: Plain>(case: &Case<'_, P>, recipe: &mut Recipe) -> Result<()> {
+    let hyper = case.entry.section("hyper")?;
+    let number = |key: &str| Ok::<_, Error>(hyper.number(key)?.unwrap_or(0.0));
+    let system = recipe.system.clone();
+    let has = |key: &str| match key {
+        "ema" => system.as_str() != "challenge",
+        "adam_wd" | "mamba_matrix_lr" => system == PR1382,
+        "muon_wd" => system == PR1607 || system == PR1382,
+        "recur_from" => system == PR1607,
+        "ema_offset" => system == PR1994,
+        _ => true,
+    };
+    for key in OPTIONS {
+        if !has(key) && number(key)? != 0.0 {
+            return Err(Error::input(format!("{key} is set"), "hyper", format!("0 or nothing in {system}")));
+        }
+    }
+    recipe.lr_warmup_steps = hyper.count("lr_warmup_steps")?.unwrap_or(0);
+    match system.as_str() {
+        PR1994 => {
+            recipe.ema_beta = number("ema")?;
+            recipe.ema_warmup_offset = Some(hyper.count("ema_offset")?.unwrap_or(0));
+        }
+        PR1607 => {
+            (recipe.ema_decay, recipe.weight_decay) = (number("ema")?, number("muon_wd")?);
+            recipe.ema_enabled = recipe.ema_decay > 0.0;
+        }
+        PR1382 => {
+            (recipe.ema_decay, recipe.muon_wd, recipe.adam_wd) =
+                (number("ema")?, number("muon_wd")?, number("adam_wd")?);
+            recipe.mamba_matrix_lr = hyper.needed("mamba_matrix_lr")?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
 /// Compares which optimizer has which parameter, where the entry says it. An untied head is in no list of the peers'.
 fn check_groups<P: Plain>(case: &mut Case<'_, P>, recipe: &Recipe, model: &Model<P>) -> Result<()> {
     let groups = case.entry.section("groups")?;
-    for (key, group) in
-        [("adam_tok", Group::Embedding), ("adam_scalar", Group::Scalar), ("muon", Group::Matrix)]
-    {
+    // The peers' names: a bank stands for its matrices.
+    let names_of = |wanted: &[Group]| -> BTreeSet<String> {
+        let specs = model.plan().specs.iter();
+        let chosen = specs.filter(|spec| wanted.contains(&group_of(recipe, &spec.name, spec.shape.len())));
+        let bank = |name: &str| model.params().bank_of(name).map(|bank| bank.name.clone());
+        chosen.map(|spec| bank(&spec.name).unwrap_or_else(|| spec.name.clone())).collect()
+    };
+    let named = model.plan().layout();
+    for (key, wanted) in [
+        ("adam_tok", [Group::Embedding]),
+        ("adam_scalar", [Group::Scalar]),
+        ("muon", [Group::Matrix]),
+        ("muon_group2", [Group::MambaMatrix]),
+    ] {
         let Some(theirs) = groups.texts(key)? else { continue };
         let theirs: BTreeSet<&str> = theirs.into_iter().collect();
-        let ours = model.params().iter().filter(|p| group_of(recipe, p.name(), p.shape().len()) == group);
-        let ours: BTreeSet<&str> = ours.map(|param| param.name()).collect();
+        let ours = names_of(&wanted);
+        let ours: BTreeSet<&str> = ours.iter().map(String::as_str).collect();
         // A parameter without elements is in a list of the peers' and not in our model.
-        let exists = |name: &&&str| model.params().get(name).is_some();
+        let exists = |name: &&&str| named.iter().any(|(own, _)| own == *name);
         let differ: Vec<&str> = theirs.symmetric_difference(&ours).filter(exists).copied().collect();
         case.fact(
             format!("groups.{key}"),

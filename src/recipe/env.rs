@@ -1,13 +1,28 @@
 //! The challenge's environment names: from the process, or from a file of `NAME=value` lines.
 
 use super::set::{excerpt, nearest, read_text};
-use super::{KEYS, Recipe};
+use super::{KEYS, Key, Recipe};
 use crate::error::{Error, Result};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-/// Names that the challenge's scripts and launchers know and that change nothing here.
+/// Names that the systems' scripts and launchers know and that change nothing in training here.
 const WITHOUT_EFFECT: &[&str] = &[
+    "ALPHA_INIT",
+    "ALPHA_LEARNED",
+    "CONF_GATE_THRESHOLD",
+    "EVAL_BATCH_SEQS",
+    "EVAL_STRIDE",
+    "EVAL_TEMP",
+    "FP16_EMBED",
+    "FP16_INPROJ_ROWS",
+    "GPTQ_BLOCK_SIZE",
+    "GPTQ_CALIB_BATCHES",
+    "GPTQ_DAMP",
+    "GPTQ_GEN_LEN",
+    "GPTQ_GEN_TEMP",
+    "GPTQ_LITE",
+    "GPTQ_NUM_SEQS",
     "LOCAL_RANK",
     "LOGIT_CHUNK_TOKENS",
     "MASTER_ADDR",
@@ -16,10 +31,28 @@ const WITHOUT_EFFECT: &[&str] = &[
     "MATCHED_FINEWEB_REPO_ID",
     "MLX_EAGER_EVAL",
     "MLX_MAX_MICROBATCH_TOKENS",
+    "MUON_BETA2",
     "NCCL_IB_DISABLE",
     "OUT_DIR",
+    "PER_CONTEXT_ALPHA",
+    "QUANT_BITS_MLP",
     "RANK",
     "RUN_ID",
+    "SWEEP_MODE",
+    "TARGET_MB",
+    "TRIGRAM_SIDE_MEMORY",
+    "TTT_BATCH_SEQS",
+    "TTT_CHUNK_TOKENS",
+    "TTT_ENABLED",
+    "TTT_EPOCHS",
+    "TTT_FREEZE_BLOCKS",
+    "TTT_GRAD_CLIP",
+    "TTT_LR",
+    "TTT_MOMENTUM",
+    "TTT_OPTIMIZER",
+    "USE_GPTQ",
+    "USE_LZMA",
+    "USE_ZSTD",
     "WORLD_SIZE",
 ];
 
@@ -31,7 +64,7 @@ const TOKENIZER_PATH: &str = "TOKENIZER_PATH";
 pub struct EnvReport {
     /// The names that set a key, in the order of the keys.
     pub applied: Vec<&'static str>,
-    /// Known names of a file that have no effect here, a line each.
+    /// Known names that have no effect here, a line each.
     pub warnings: Vec<String>,
     /// `DATA_PATH`: the folder of shards, for a run without `--data`.
     pub data_path: Option<PathBuf>,
@@ -73,6 +106,10 @@ impl Recipe {
         for (index, text) in found {
             let key = &KEYS[index];
             let name = key.env.unwrap_or(key.name);
+            if !key.scope.holds(&recipe.system) {
+                report.warnings.push(foreign(key, "environment variable", &recipe));
+                continue;
+            }
             recipe.put_text(key, &text, format_args!("environment variable {name}"))?;
             report.applied.push(name);
         }
@@ -109,12 +146,22 @@ impl Recipe {
         let mut recipe = self.clone();
         for (index, value, place) in last {
             let key = &KEYS[index];
+            if !key.scope.holds(&recipe.system) {
+                report.warnings.push(foreign(key, &place, &recipe));
+                continue;
+            }
             recipe.put_text(key, &value, place)?;
             report.applied.push(key.env.unwrap_or(key.name));
         }
         *self = recipe;
         Ok(report)
     }
+}
+
+/// What is said of a name that belongs to another system than the recipe's.
+fn foreign(key: &Key, place: &str, recipe: &Recipe) -> String {
+    let name = key.env.unwrap_or(key.name);
+    format!("{name} ({place}) has no effect in system {}: it is of {}", recipe.system, key.scope.names())
 }
 
 fn known(name: &str, place: &str) -> Result<usize> {

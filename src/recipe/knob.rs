@@ -1,6 +1,6 @@
 //! What a recipe key is: its type, its bounds, its names, and the macro that declares all keys in one table.
 
-use super::Recipe;
+use super::table::Recipe;
 
 /// The value of a key, whatever file, flag or variable it came from.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +15,8 @@ pub enum Value {
     Text(String),
     /// A list of texts.
     List(Vec<String>),
+    /// A list of layers by their numbers.
+    Layers(Vec<usize>),
 }
 
 /// The type of a key's value.
@@ -30,6 +32,8 @@ pub enum Kind {
     Text,
     /// A list of texts; comma-separated in flags and variables.
     List,
+    /// Layers by their numbers from 0: an array in TOML; in texts comma-separated numbers and ranges, as `0-11,15`.
+    Layers,
 }
 
 /// The values that a key accepts.
@@ -51,6 +55,10 @@ pub enum Limit {
     OneOf(&'static [&'static str]),
     /// At most so many texts, none of them empty, none over 100 characters.
     List(usize),
+    /// Different layers among the first so many, in ascending order.
+    Layers(usize),
+    /// Nothing (an empty text, or -1), or a whole number up to this one.
+    OrNothing(i128),
 }
 
 /// The longest text in a list, in characters.
@@ -75,6 +83,10 @@ impl Limit {
             (Self::List(longest), Value::List(v)) => {
                 v.len() <= longest && v.iter().all(|item| !item.is_empty() && is_line(item, LONGEST_ITEM))
             }
+            (Self::Layers(count), Value::Layers(v)) => {
+                v.is_sorted_by(|a, b| a < b) && v.last().is_none_or(|last| *last < count)
+            }
+            (Self::OrNothing(high), Value::Int(v)) => (-1..=high).contains(v),
             _ => false,
         }
     }
@@ -91,6 +103,8 @@ impl Limit {
             Self::List(longest) => {
                 format!("a list of at most {longest} texts of 1 to {LONGEST_ITEM} characters")
             }
+            Self::Layers(count) => format!("different layers from 0 to {}, ascending", count - 1),
+            Self::OrNothing(high) => format!("nothing, or an integer from 0 to {high}"),
         }
     }
 }
@@ -107,6 +121,8 @@ pub struct Key {
     pub kind: Kind,
     /// The values it accepts.
     pub limit: Limit,
+    /// The systems in which it means something.
+    pub scope: Scope,
     pub(super) get: fn(&Recipe) -> Value,
     pub(super) put: fn(&mut Recipe, Value) -> Option<()>,
 }
@@ -115,6 +131,11 @@ impl Key {
     /// The value that `recipe` has for this key.
     pub fn value(&self, recipe: &Recipe) -> Value {
         (self.get)(recipe)
+    }
+
+    /// Whether `recipe` has the default of this key.
+    pub fn is_default(&self, recipe: &Recipe) -> bool {
+        (self.get)(recipe) == (self.get)(&Recipe::default())
     }
 
     /// What a value must be, in words: its type and bounds.
@@ -137,6 +158,29 @@ impl Key {
             return None;
         }
         (self.put)(recipe, value)
+    }
+}
+
+/// The systems that know a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scope(&'static [&'static str]);
+
+impl Scope {
+    /// Every system.
+    pub(super) const ALL: Self = Self(&super::SYSTEMS);
+    /// These.
+    pub(super) const fn of(systems: &'static [&'static str]) -> Self {
+        Self(systems)
+    }
+
+    /// Whether the key means something in that system.
+    pub fn holds(self, system: &str) -> bool {
+        self.0.contains(&system)
+    }
+
+    /// The systems' names.
+    pub fn names(self) -> String {
+        self.0.join(", ")
     }
 }
 
@@ -171,12 +215,14 @@ knob! {
     f64, Float, |v| *v, Some;
     String, Text, String::clone, Some;
     Vec<String>, List, Vec::clone, Some;
+    Vec<usize>, Layers, Vec::clone, Some;
+    Option<usize>, Int, |v| v.map_or(-1, |v| v as i128), |v: i128| if v < 0 { Some(None) } else { v.try_into().ok().map(Some) };
 }
 
 /// Declares [`Recipe`], its defaults and its key table from rows of
-/// `/// doc` and `key: type = default, environment name, limit;`.
+/// `/// doc` and `key: type = default, environment name, limit;`, grouped by the systems that know them.
 macro_rules! knobs {
-    ($($(#[doc = $doc:literal])+ $key:ident: $type:ty = $default:expr, $env:expr, $limit:expr;)+) => {
+    ($($scope:expr => { $($(#[doc = $doc:literal])+ $key:ident: $type:ty = $default:expr, $env:expr, $limit:expr;)+ })+) => {
         /// Every knob of a run, flat. A key is the lower case of the challenge's environment name where it has one
         /// (spec/challenge.md section 4); the defaults are the challenge's baseline.
         ///
@@ -184,27 +230,28 @@ macro_rules! knobs {
         #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
         #[serde(default, deny_unknown_fields)]
         pub struct Recipe {
-            $($(#[doc = $doc])+ pub $key: $type,)+
+            $($($(#[doc = $doc])+ pub $key: $type,)+)+
         }
 
         impl Default for Recipe {
             fn default() -> Self {
-                Self { $($key: $default,)+ }
+                Self { $($($key: $default,)+)+ }
             }
         }
 
-        static KEYS: &[Key] = &[$(Key {
+        pub(super) static KEYS: &[Key] = &[$($(Key {
             name: stringify!($key),
             env: $env,
             doc: concat!($($doc),+).trim_ascii(),
             kind: <$type as Knob>::KIND,
             limit: $limit,
+            scope: $scope,
             get: |recipe| Knob::to_value(&recipe.$key),
             put: |recipe, value| {
                 recipe.$key = Knob::from_value(value)?;
                 Some(())
             },
-        }),+];
+        },)+)+];
     };
 }
 pub(super) use knobs;

@@ -7,6 +7,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+/// The key that names the built-in recipe which a file starts from.
+const BASE: &str = "base";
+
 /// The largest recipe or environment file that is read, in bytes.
 const LARGEST_FILE: u64 = 1 << 20;
 
@@ -52,7 +55,7 @@ fn find_key(name: &str, place: impl Display) -> Result<&'static Key> {
 }
 
 /// The value that `text` states for a key of this kind, as flags and environment variables write it.
-fn parse_text(kind: Kind, text: &str) -> Option<Value> {
+pub(super) fn parse_text(kind: Kind, text: &str) -> Option<Value> {
     let text = if kind == Kind::Text { text } else { text.trim() };
     match kind {
         Kind::Bool => match text.to_ascii_lowercase().as_str() {
@@ -60,6 +63,8 @@ fn parse_text(kind: Kind, text: &str) -> Option<Value> {
             "0" | "false" => Some(Value::Bool(false)),
             _ => None,
         },
+        // An empty variable says nothing, where there may be nothing.
+        Kind::Int if text.is_empty() => Some(Value::Int(-1)),
         // 524_288 is as good as 524288, in TOML and in Python.
         Kind::Int => text.replace('_', "").parse().ok().map(Value::Int),
         Kind::Float => text.replace('_', "").parse().ok().map(Value::Float),
@@ -72,6 +77,33 @@ fn parse_text(kind: Kind, text: &str) -> Option<Value> {
             let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
             Some(Value::List(items.map(String::from).collect()))
         }
+        Kind::Layers => {
+            let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+            let items = inner.split(',').map(str::trim).filter(|item| !item.is_empty());
+            let ranges: Option<Vec<Vec<usize>>> = items.map(layer_range).collect();
+            Some(Value::Layers(ranges?.concat()))
+        }
+    }
+}
+
+/// One layer, or a range of them: `3`, or `0-11`.
+fn layer_range(text: &str) -> Option<Vec<usize>> {
+    /// A range longer than any stack is no list of layers.
+    const LONGEST: usize = 1 << 16;
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (first, last): (usize, usize) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    (first <= last && last - first < LONGEST).then(|| (first..=last).collect())
+}
+
+/// A TOML value as a key of this kind takes it.
+fn of_kind(kind: Kind, value: &toml::Value) -> Option<Value> {
+    match (kind, value) {
+        (Kind::Layers, toml::Value::Array(items)) => {
+            let layer = |item: &toml::Value| usize::try_from(item.as_integer()?).ok();
+            items.iter().map(layer).collect::<Option<_>>().map(Value::Layers)
+        }
+        (Kind::Layers, toml::Value::String(text)) => parse_text(kind, text),
+        _ => from_toml_value(value),
     }
 }
 
@@ -97,6 +129,7 @@ pub(super) fn to_toml_text(value: Value) -> String {
         Value::Float(v) => format!("{v:?}").to_lowercase(),
         Value::Text(v) => text(v).to_string(),
         Value::List(v) => toml::Value::Array(v.into_iter().map(text).collect()).to_string(),
+        Value::Layers(v) => format!("{v:?}"),
     }
 }
 
@@ -129,7 +162,8 @@ impl Recipe {
         self.put_text(key, value, "--set")
     }
 
-    /// Reads a recipe that states what differs from the defaults. A recipe without a name takes its file's.
+    /// Reads a recipe that states what differs from the defaults, or from the built-in recipe that its key `base` names.
+    /// A recipe without a name takes its file's.
     ///
     /// Keys are checked one by one; [`Recipe::validate`] checks them together, after the last change.
     pub fn from_toml(text: &str, place: &Path) -> Result<Self> {
@@ -143,16 +177,24 @@ impl Recipe {
                 "lines of key = value",
             )
         })?;
-        for name in table.keys() {
+        for name in table.keys().filter(|name| *name != BASE) {
             find_key(name, place.display())?;
         }
+        let base = match table.get(BASE) {
+            None => Self::default(),
+            Some(value) => value.as_str().and_then(BuiltIn::find).map(BuiltIn::recipe).unwrap_or_else(|| {
+                let names: Vec<_> = builtin().iter().map(|built_in| built_in.name).collect();
+                let what = format!("{BASE} = {}", excerpt(&value.to_string()));
+                Err(Error::input(what, place.display(), format!("one of {}", names.join(", "))))
+            })?,
+        };
         let stem = place.file_stem().unwrap_or_default().to_string_lossy();
         let name = stem.chars().filter(|c| !c.is_control()).take(100).collect();
-        let mut recipe = Self { name, summary: String::new(), ..Self::default() };
+        let mut recipe = Self { name, summary: String::new(), ..base };
         // In the table's order, so that a list which follows another is set after it.
         for key in KEYS {
             if let Some(value) = table.get(key.name) {
-                recipe.put(key, from_toml_value(value), &value.to_string(), place.display())?;
+                recipe.put(key, of_kind(key.kind, value), &value.to_string(), place.display())?;
             }
         }
         Ok(recipe)
@@ -176,10 +218,10 @@ impl Recipe {
         ))
     }
 
-    /// The complete recipe as TOML, each key with what it means; reading it back gives an equal recipe.
+    /// The complete recipe as TOML, each key of its system with what it means; reading it back gives an equal recipe.
     pub fn to_toml(&self) -> String {
         let mut text = String::new();
-        for key in KEYS {
+        for key in KEYS.iter().filter(|key| key.scope.holds(&self.system) || !key.is_default(self)) {
             let setting = format!("{} = {}", key.name, to_toml_text(key.value(self)));
             text.push_str(&format!("{setting:<46} # {}\n", key.doc));
         }

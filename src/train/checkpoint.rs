@@ -1,7 +1,7 @@
 //! Checkpoints: everything that a run needs to go on bit for bit, as one safetensors file a step.
 //!
 //! `DIR/checkpoint/step_00000100.safetensors` holds the parameters by their own names, the optimizers' state by
-//! `adam.m.`, `adam.v.` and `muon.momentum.` before the names, and in its metadata the step, the stream's position, the
+//! `adam.m.`, `adam.v.`, `muon.momentum.` and `average.N.` before the names, and in its metadata the step, the stream's position, the
 //! training time, the recipe and the data.
 
 use super::tensors_file::{self, TensorsFile};
@@ -9,7 +9,8 @@ use crate::data::folder::{DataFolder, Split};
 use crate::data::stream::StreamPosition;
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
-use crate::optim::STATE_PREFIXES;
+use crate::model;
+use crate::optim::state_of;
 use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -81,7 +82,7 @@ impl Progress {
             return Err(Error::input(what, place.display(), format!("at most {MAX_RECIPE_BYTES}")));
         }
         let recipe = Recipe::from_toml(&self.recipe_toml, place)?;
-        recipe.validate()?;
+        model::check(&recipe)?;
         Ok(recipe)
     }
 }
@@ -116,8 +117,7 @@ impl Checkpoint {
     /// Reads one checkpoint file.
     pub fn load(path: &Path) -> Result<Self> {
         let (file, progress) = open(path)?;
-        let is_state =
-            |tensor: &HostTensor| STATE_PREFIXES.iter().any(|prefix| tensor.name.starts_with(prefix));
+        let is_state = |tensor: &HostTensor| state_of(&tensor.name).is_some();
         let (state, params) = file.read()?.into_iter().partition(is_state);
         Ok(Self { progress, params, state })
     }

@@ -1,7 +1,7 @@
 //! A run's log: `train.log` with the challenge's lines (spec/challenge.md section 5), `metrics.jsonl` with its numbers.
 
 use crate::error::{Error, Result};
-use crate::recipe::Recipe;
+use crate::recipe::{PR1382, Recipe};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -161,6 +161,29 @@ pub mod lines {
     /// A training loss, in nats per token, of the `step`-th step, from 1.
     pub fn trained(step: usize, iterations: usize, train_loss: f64, train_ms: f64) -> String {
         format!("step:{step}/{iterations} train_loss:{} {}", fixed(train_loss, 4), clock(step, train_ms))
+    }
+
+    /// The average of the weights takes their place.
+    pub const APPLYING_AVERAGE: &str = "ema:applying EMA weights";
+
+    /// The score of the averaged weights.
+    pub fn averaged(val_loss: f64, val_bpb: f64, eval_ms: f64) -> String {
+        let [loss, bpb] = [val_loss, val_bpb].map(|value| fixed(value, 4));
+        format!("DIAGNOSTIC post_ema val_loss:{loss} val_bpb:{bpb} eval_time:{}ms", fixed(eval_ms, 0))
+    }
+
+    /// The recurrence is on from this step, `done` of the run.
+    pub fn recurrence(step: usize, done: f64, order: &[usize]) -> String {
+        format!("depth_recurrence:enabled at step {step} frac={} schedule={order:?}", fixed(done, 2))
+    }
+
+    /// Training quantises its linear weights from this step.
+    pub fn late_qat(recipe: &Recipe, step: usize, lr_mul: f64) -> String {
+        if recipe.system == PR1382 {
+            return format!("late_qat:enabled step:{step} scale:{}", fixed(lr_mul, 4));
+        }
+        let bits = recipe.quant_bits;
+        format!("late_qat:enabled bits={bits} at step {step} scale={}", fixed(lr_mul, 4))
     }
 
     /// The run stops at its wallclock cap after `step` steps.

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::model::params;
 use crate::ops::Plain;
-use crate::optim::{OptimizerState, STATE_PREFIXES};
+use crate::optim::{OptimizerState, state_of};
 use crate::recipe::{Recipe, keys};
 
 /// Keys that may change when a run is resumed: how long it goes on, and what it reports on the way.
@@ -53,6 +53,7 @@ pub(super) fn check_same_run(recipe: &Recipe, data: &DataSource, saved: &Progres
 /// Puts parameters and optimizer state back.
 pub(super) fn restore<P: Plain>(
     trainer: &mut Trainer<P>,
+    recipe: &Recipe,
     progress: &Progress,
     weights: &[HostTensor],
     state: &[HostTensor],
@@ -62,13 +63,15 @@ pub(super) fn restore<P: Plain>(
     let mut restored = OptimizerState::default();
     for tensor in state {
         let name = &tensor.name;
-        let param = STATE_PREFIXES.iter().find_map(|prefix| model.params().get(name.strip_prefix(prefix)?));
+        let param = state_of(name).and_then(|(param, _)| model.params().get(param));
         let (Some(param), Some(steps)) = (param, progress.state_steps.get(name)) else {
             return Err(Error::input(format!("unknown state {name}"), "the checkpoint", "the recipe's own"));
         };
         tensor.expect_shape(&[param.numel()], "the checkpoint")?;
         restored.push(name.clone(), params::from_host(tensor, model.device(), param.master_type()), *steps);
     }
-    trainer.optimizers.restore(restored);
+    trainer.optimizers.restore(&mut restored);
+    trainer.averages.restore(&mut restored);
+    model.set_recurrent(recipe.recurs_at(progress.step.saturating_sub(1)));
     Ok(())
 }

@@ -9,7 +9,8 @@ use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
 use crate::host::HostTensor;
-use crate::optim::STATE_PREFIXES;
+use crate::model;
+use crate::optim::state_of;
 use crate::recipe::Recipe;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -18,6 +19,9 @@ use std::path::{Path, PathBuf};
 
 /// The final parameters' file.
 pub const FINAL: &str = "final.safetensors";
+
+/// The key of the completed steps in that file's metadata.
+pub const STEPS: &str = "steps";
 
 /// The longest `tokenizer.json` and `recipe.toml` that are read, in bytes.
 const MAX_TOKENIZER_BYTES: u64 = 16 << 20;
@@ -46,7 +50,7 @@ pub fn load_recipe(dir: &Path) -> Result<Recipe> {
     let text = String::from_utf8(read_small(&path, MAX_RECIPE_BYTES)?)
         .map_err(|_| Error::input("not a text file", path.display(), "the recipe that fairway saved"))?;
     let recipe = Recipe::from_toml(&text, &path)?;
-    recipe.validate()?;
+    model::check(&recipe)?;
     Ok(recipe)
 }
 
@@ -86,7 +90,7 @@ fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>> {
 /// A trained model in host memory, from a run's folder.
 #[derive(Debug)]
 pub struct TrainedRun {
-    /// The resolved recipe.
+    /// The resolved recipe, its recurrence settled as it was at the end.
     pub recipe: Recipe,
     /// The parameters.
     pub params: Vec<HostTensor>,
@@ -100,14 +104,17 @@ impl TrainedRun {
     /// Reads a run: its final parameters, or those of its newest checkpoint that is whole. `warn` is told of checkpoints
     /// that are not.
     pub fn load(dir: &Path, warn: &mut dyn FnMut(&str)) -> Result<Self> {
-        let (recipe, tokenizer) = (load_recipe(dir)?, load_tokenizer(dir)?);
+        let (mut recipe, tokenizer) = (load_recipe(dir)?, load_tokenizer(dir)?);
         let last = dir.join(FINAL);
         let (source, params) = if last.exists() {
             let file = TensorsFile::open(&last)?;
             file.expect(&recipe, false)?;
+            let steps = file.metadata().get(STEPS).and_then(|steps| steps.parse().ok());
+            recipe.settle_recurrence(steps.unwrap_or(recipe.iterations));
             (last, file.read()?)
         } else {
             let (path, checkpoint) = checkpoint::newest(dir, warn, Checkpoint::load)?;
+            recipe.settle_recurrence(checkpoint.progress.step);
             (path, checkpoint.params)
         };
         Ok(Self { recipe, params, tokenizer, source })
@@ -147,7 +154,7 @@ impl RunInspection {
                 Ok(tensors)
             })?
         };
-        tensors.retain(|entry| !STATE_PREFIXES.iter().any(|prefix| entry.name.starts_with(prefix)));
+        tensors.retain(|entry| state_of(&entry.name).is_none());
         let bytes = fs::metadata(&source).map_err(|error| Error::read(&source, &error))?.len();
         Ok(Self { recipe, tensors, source, bytes })
     }

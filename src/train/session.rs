@@ -12,9 +12,9 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::eval::{self, full::Score};
 use crate::host::HostTensor;
-use crate::model::{Model, params};
+use crate::model::{self, Model, params};
 use crate::ops::Plain;
-use crate::optim::{Optimizers, schedule};
+use crate::optim::schedule;
 use crate::recipe::Recipe;
 use crate::report::curve;
 use serde::Serializer;
@@ -99,7 +99,7 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok
 ///
 /// On an interrupt the step is finished and a checkpoint saved before [`Error::Interrupted`] is returned.
 pub fn train(options: Options, target: &Target, observe: &mut dyn FnMut(&Status)) -> Result<Summary> {
-    options.recipe.validate()?;
+    model::check(&options.recipe)?;
     let micro_batch = micro_sequences(&options)? * options.recipe.train_seq_len;
     let job = TrainJob { options, observe, started: Instant::now() };
     let trained = backend::guard(target, || backend::run(target, job));
@@ -188,7 +188,7 @@ impl<'a, P: Plain> Session<'a, P> {
         folder.check_tokenizer(&tokenizer)?;
         let mut data = Data {
             stream: folder.train(recipe.vocab_size)?,
-            val: folder.val(recipe.train_seq_len, recipe.vocab_size)?,
+            val: folder.val(recipe.val_seq_len(), recipe.vocab_size)?.limit(recipe.val_tokens),
             table: ByteTable::new(&tokenizer, recipe.vocab_size)?,
             source: DataSource::of(&folder, &options.tokenizer_name)?,
         };
@@ -210,8 +210,7 @@ impl<'a, P: Plain> Session<'a, P> {
         data.stream.next_batch(recipe.span_tokens(), 0, 1)?;
         data.stream.seek(start)?;
         let model = Model::<P>::new(&recipe, device, target.precision.dtype())?;
-        let optimizers = Optimizers::new(&recipe, &model);
-        let trainer = Trainer { model, optimizers, seq_len: recipe.train_seq_len, micro_sequences };
+        let trainer = Trainer::new(model, &recipe, micro_sequences);
         let in_place = options.resume.as_ref().is_some_and(|dir| is_same_folder(dir, &out));
         let metrics = match &resumed {
             Some(checkpoint) if in_place => Metrics::resume(&out, checkpoint.progress.step)?,
@@ -249,7 +248,7 @@ impl<'a, P: Plain> Session<'a, P> {
         session.log_header(&folder, &options.tokenizer_name)?;
         warnings.iter().try_for_each(|warning| session.log.note(warning))?;
         if let Some(Checkpoint { progress, params, state }) = resumed {
-            resume::restore(&mut session.trainer, &progress, &params, &state)?;
+            resume::restore(&mut session.trainer, &session.recipe, &progress, &params, &state)?;
             (session.step, session.train_ms) = (progress.step, progress.train_ms);
             session.train_loss = progress.train_loss;
             session.row = Metric {
@@ -291,7 +290,10 @@ impl<'a, P: Plain> Session<'a, P> {
             let every = self.recipe.val_loss_every;
             if last || (every > 0 && self.step.is_multiple_of(every)) {
                 self.train_ms += milliseconds(clock);
-                self.validate()?;
+                if last && self.recipe.averages_before_validation() {
+                    self.take_average()?;
+                }
+                self.validate(false)?;
                 clock = Instant::now();
             }
             if last {
@@ -301,6 +303,7 @@ impl<'a, P: Plain> Session<'a, P> {
             let lr_mul = schedule::lr_multiplier(&self.recipe, self.step, elapsed);
             let momentum = schedule::muon_momentum(&self.recipe, self.step);
             let spans = self.spans()?;
+            self.set_phase(lr_mul, elapsed)?;
             let loss = self.trainer.step(&spans, lr_mul, momentum, self.step + 1)?;
             eval::wait::<P>(self.trainer.model.device())?;
             self.step += 1;
@@ -338,6 +341,10 @@ impl<'a, P: Plain> Session<'a, P> {
             let line = lines::stopping_early(self.step, self.recipe.iterations, self.train_ms);
             self.log.line(&line)?;
         }
+        if !self.recipe.averages_before_validation() && self.trainer.averages.is_ready() {
+            self.take_average()?;
+            self.validate(true)?;
+        }
         self.finish()
     }
 
@@ -358,8 +365,36 @@ impl<'a, P: Plain> Session<'a, P> {
             guards::check_interrupt("nothing is saved yet")?;
         }
         self.trainer.model.params().load(&initial, "the weights before the warm-up")?;
-        self.trainer.optimizers = Optimizers::new(&self.recipe, &self.trainer.model);
+        self.trainer.start_anew(&self.recipe);
         self.data.stream.seek(position)
+    }
+
+    /// What a step computes that earlier ones may not: the recurrence, quantised weights. Each is logged as it begins.
+    fn set_phase(&mut self, lr_mul: f64, elapsed_ms: f64) -> Result<()> {
+        let model = &self.trainer.model;
+        if self.recipe.recurs_at(self.step) && !model.is_recurrent() {
+            model.set_recurrent(true);
+            let done = self.step as f64 / self.recipe.iterations.max(1) as f64;
+            let order: Vec<usize> = model.plan().schedule(true).iter().map(|visit| visit.block).collect();
+            self.log.line(&lines::recurrence(self.step, done, &order))?;
+        }
+        if schedule::is_quantised(&self.recipe, lr_mul, elapsed_ms) && !self.trainer.quantised {
+            self.trainer.quantised = true;
+            self.log.line(&lines::late_qat(&self.recipe, self.step, lr_mul))?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the weights by their average at the end of the run, where there is one.
+    fn take_average(&mut self) -> Result<()> {
+        self.trainer.set_quantised(false);
+        if self.trainer.averages.is_ready() {
+            // What a resumed run goes on from are the weights before.
+            self.checkpoint(self.trainer.model.params().to_host()?)?;
+            self.log.line(lines::APPLYING_AVERAGE)?;
+            self.trainer.averages.apply();
+        }
+        Ok(())
     }
 
     /// The spans of the next step.
@@ -368,7 +403,11 @@ impl<'a, P: Plain> Session<'a, P> {
         (0..self.recipe.grad_accum_steps).map(|_| self.data.stream.next_batch(tokens, 0, 1)).collect()
     }
 
-    fn validate(&mut self) -> Result<()> {
+    /// Scores the weights as they are; `averaged` says that they are the average taken at the end.
+    fn validate(&mut self, averaged: bool) -> Result<()> {
+        let training = self.trainer.is_quantised();
+        // PR #1607 validates with the weights that it trains with, PR #1382 with the full ones.
+        self.trainer.set_quantised(training && self.recipe.validates_quantised() && !averaged);
         let batch = self.recipe.val_batch_tokens().min(self.trainer.micro_sequences * self.trainer.seq_len);
         let place = format!("validation at step {}", self.step);
         let mut progress = |_, _| guards::check_interrupt(&place);
@@ -380,10 +419,14 @@ impl<'a, P: Plain> Session<'a, P> {
             }
             other => other?,
         };
+        self.trainer.set_quantised(training);
         guards::check_finite("validation loss", score.val_loss, self.step)?;
         self.note_memory();
         let (loss, bpb) = (score.val_loss, score.val_bpb);
-        self.log.line(&lines::validated(self.step, self.recipe.iterations, loss, bpb, self.train_ms))?;
+        self.log.line(&match averaged {
+            true => lines::averaged(loss, bpb, score.seconds * 1000.0),
+            false => lines::validated(self.step, self.recipe.iterations, loss, bpb, self.train_ms),
+        })?;
         self.metrics.record(Metric { val_loss: Some(loss), val_bpb: Some(bpb), ..self.row })?;
         self.last_val = Some(score);
         Ok(())
@@ -430,9 +473,11 @@ impl<'a, P: Plain> Session<'a, P> {
         guards::check_finite_params(&params, self.step)?;
         let mut state_steps = BTreeMap::new();
         let mut state = Vec::new();
-        for (name, row, steps) in self.trainer.optimizers.state().rows() {
-            state_steps.insert(name.clone(), *steps);
-            state.push(params::to_host(name, &row.dims(), row.clone())?);
+        for rows in [self.trainer.optimizers.state(), self.trainer.averages.state()] {
+            for (name, row, steps) in rows.rows() {
+                state_steps.insert(name.clone(), *steps);
+                state.push(params::to_host(name, &row.dims(), row.clone())?);
+            }
         }
         let progress = Progress {
             step: self.step,
@@ -479,7 +524,8 @@ impl<'a, P: Plain> Session<'a, P> {
         let params = self.trainer.model.params().to_host()?;
         guards::check_finite_params(&params, self.step)?;
         let last = self.out.join(run::FINAL);
-        tensors_file::write(&last, &params.iter().collect::<Vec<_>>(), BTreeMap::new())?;
+        let metadata = BTreeMap::from([(run::STEPS.to_string(), self.step.to_string())]);
+        tensors_file::write(&last, &params.iter().collect::<Vec<_>>(), metadata)?;
         self.claim(&last)?;
         if self.saved != Some(self.step) {
             self.checkpoint(params)?;

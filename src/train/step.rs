@@ -5,8 +5,10 @@ use crate::error::Result;
 use crate::eval::ids_tensor;
 use crate::host::HostTensor;
 use crate::model::{Model, params};
-use crate::ops::{Autodiff, Plain, accumulate_type, reduce};
-use crate::optim::Optimizers;
+use crate::ops::{Plain, accumulate_type};
+use crate::optim::averages::Averages;
+use crate::optim::{Optimizers, Rounding};
+use crate::recipe::Recipe;
 use burn::tensor::Tensor;
 
 /// One span of the token stream: inputs and, one further, targets.
@@ -18,6 +20,10 @@ pub struct Trainer<P: Plain> {
     pub model: Model<P>,
     /// Its optimizers.
     pub optimizers: Optimizers<P>,
+    /// The averages of its weights.
+    pub averages: Averages<P>,
+    /// Whether steps quantise the linear weights that the source system quantises late in training.
+    pub quantised: bool,
     /// Tokens of one sequence.
     pub seq_len: usize,
     /// Sequences of one forward and backward; a limit on memory, without an effect beyond the order of sums.
@@ -25,6 +31,34 @@ pub struct Trainer<P: Plain> {
 }
 
 impl<P: Plain> Trainer<P> {
+    /// The recipe's training of a model, from its present weights.
+    pub fn new(model: Model<P>, recipe: &Recipe, micro_sequences: usize) -> Self {
+        Self {
+            optimizers: Optimizers::new(recipe, &model),
+            averages: Averages::new(recipe, &model, Rounding::of(recipe).storage),
+            quantised: false,
+            model,
+            seq_len: recipe.train_seq_len,
+            micro_sequences,
+        }
+    }
+
+    /// Optimizers and averages as at the start, for the weights as they are.
+    pub fn start_anew(&mut self, recipe: &Recipe) {
+        self.optimizers = Optimizers::new(recipe, &self.model);
+        self.averages = Averages::new(recipe, &self.model, Rounding::of(recipe).storage);
+    }
+
+    /// Whether the model now computes with quantised weights.
+    pub fn is_quantised(&self) -> bool {
+        self.model.is_late_quantised()
+    }
+
+    /// Makes the model compute with quantised weights, or with full ones.
+    pub fn set_quantised(&self, on: bool) {
+        self.model.set_late_quantised(on);
+    }
+
     /// The gradient of the mean loss over all tokens of `spans`, accumulated in the parameters, and that loss in nats.
     pub fn accumulate(&self, spans: &[Span]) -> Result<f64> {
         let tokens: usize = spans.iter().map(|(x, _)| x.len()).sum();
@@ -37,15 +71,13 @@ impl<P: Plain> Trainer<P> {
             let part = self.micro_sequences.max(1) * self.seq_len;
             for (inputs, targets) in inputs.chunks(part).zip(targets.chunks(part)) {
                 let device = self.model.device();
-                let ids = ids_tensor::<Autodiff<P>>(inputs, self.seq_len, device);
-                let targets = ids_tensor::<Autodiff<P>>(targets, self.seq_len, device);
-                let loss = self.model.nll::<Autodiff<P>>(ids, targets) * Tensor::from_inner(share.clone());
-                let value = reduce::sum(loss.clone().inner());
+                let ids = ids_tensor::<P>(inputs, self.seq_len, device);
+                let targets = ids_tensor::<P>(targets, self.seq_len, device);
+                let value = self.model.accumulate(ids, targets, &share);
                 sum = Some(match sum {
                     Some(sum) => sum + value,
                     None => value,
                 });
-                loss.backward();
             }
         }
         match sum {
@@ -57,9 +89,11 @@ impl<P: Plain> Trainer<P> {
     /// One step: the mean loss before the update, in nats. `step` (from 1) is for the message if it is not finite,
     /// in which case nothing is updated.
     pub fn step(&mut self, spans: &[Span], lr_mul: f64, muon_momentum: f64, step: usize) -> Result<f64> {
+        self.set_quantised(self.quantised);
         let loss = self.accumulate(spans)?;
         check_finite("training loss", loss, step)?;
         self.optimizers.step(lr_mul, muon_momentum);
+        self.averages.update(step, lr_mul);
         Ok(loss)
     }
 }

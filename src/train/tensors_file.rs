@@ -5,7 +5,9 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::host::{HostTensor, HostType};
 use crate::model;
-use crate::optim::STATE_PREFIXES;
+use crate::model::plan::Plan;
+use crate::optim::averages::Averaging;
+use crate::optim::state_of;
 use crate::recipe::Recipe;
 use safetensors::tensor::{Dtype, Metadata, TensorView};
 use sha2::{Digest, Sha256};
@@ -118,15 +120,18 @@ impl TensorsFile {
     /// What passes takes no more memory than the recipe itself asks for.
     pub fn expect(&self, recipe: &Recipe, state: bool) -> Result<()> {
         let names = self.entries.iter().map(|entry| (entry.name.as_str(), entry.shape.as_slice()));
-        let is_state = |name: &str| state && STATE_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+        let is_state = |name: &str| state && state_of(name).is_some();
         let (rows, params): (Vec<_>, Vec<_>) = names.partition(|(name, _)| is_state(name));
         let place = self.path.display().to_string();
         expect_params(recipe, &params, &place)?;
+        let plan = Plan::of(recipe)?;
         let sizes: HashMap<&str, usize> =
-            params.iter().map(|(name, shape)| (*name, shape.iter().product())).collect();
+            plan.specs.iter().map(|spec| (spec.name.as_str(), spec.shape.iter().product())).collect();
+        let last_row = Averaging::of(recipe).last_row();
         for (name, shape) in rows {
-            let of = STATE_PREFIXES.iter().find_map(|prefix| sizes.get(name.strip_prefix(prefix)?));
-            if of.is_none_or(|size| *shape != [*size]) {
+            let of = state_of(name).filter(|(_, number)| *number <= last_row);
+            let size = of.and_then(|(param, _)| sizes.get(param));
+            if size.is_none_or(|size| *shape != [*size]) {
                 let what = format!("optimizer state {name} of shape {shape:?}");
                 return Err(Error::input(what, place, "a row for a parameter of the recipe"));
             }
@@ -184,7 +189,7 @@ impl TensorsFile {
 /// Refuses tensors (name and shape) that are not the recipe's parameters, each once. `place` names their file.
 pub fn expect_params(recipe: &Recipe, tensors: &[(&str, &[usize])], place: &str) -> Result<()> {
     let mut missing: BTreeMap<String, Vec<usize>> =
-        model::layout(recipe).into_iter().map(|spec| (spec.name, spec.shape)).collect();
+        model::layout(recipe)?.into_iter().collect();
     for (name, shape) in tensors {
         let wanted = missing.remove(*name).ok_or_else(|| {
             Error::input(
