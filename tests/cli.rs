@@ -337,9 +337,8 @@ fn inspect_stays_below_one_gib_whatever_a_run_says() {
     let recipe = fairway::recipe::Recipe::from_toml(big, Path::new("big")).unwrap();
     let mut entries = vec![format!("\"__metadata__\":{{\"sha256\":\"{}\"}}", "0".repeat(64))];
     let mut offset = 0;
-    for spec in fairway::model::layout(&recipe) {
-        let end = offset + 4 * spec.shape.iter().product::<usize>();
-        let (name, shape) = (spec.name, spec.shape);
+    for (name, shape) in fairway::model::layout(&recipe).unwrap() {
+        let end = offset + 4 * shape.iter().product::<usize>();
         entries.push(format!(
             "{name:?}:{{\"dtype\":\"F32\",\"shape\":{shape:?},\"data_offsets\":[{offset},{end}]}}"
         ));

@@ -101,9 +101,13 @@ fn param<const D: usize>(value: &Tensor<Cpu, D>) -> Param<Cpu> {
 }
 
 #[test]
-fn relu_squared_backward_is_the_derivative() {
-    let (x, cot) = (random(1, [9, 13]), random(2, [9, 13]));
-    assert_same("relu^2", [x], cot, |[x]| Tape::relu_squared(x), |[x]| activation::relu_squared_forward(x));
+fn squared_activation_backward_is_the_derivative() {
+    for slope in [0.0, 0.5, -0.25] {
+        let (x, cot) = (random(1, [9, 13]), random(2, [9, 13]));
+        let what = format!("leaky_relu^2 with slope {slope}");
+        let plain = |[x]: [Tensor<Tape, 2>; 1]| activation::leaky_relu_squared_forward(x, slope);
+        assert_same(&what, [x], cot, |[x]| Tape::leaky_relu_squared(x, slope), plain);
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 fn the_lines_are_the_challenges() {
     let recipe = Recipe::default();
     assert_eq!(
-        lines::header(&recipe, recipe.param_count(), 1),
+        lines::header(&recipe, fairway::model::param_count(&recipe).unwrap(), 1),
         [
             "model_params:17059912",
             "world_size:1 grad_accum_steps:8",

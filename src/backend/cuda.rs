@@ -1,10 +1,10 @@
 //! NVIDIA GPUs: kernels from `cuda/`, the references in Burn's ops for the rest. Activations bf16 or f32.
 
 use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
-use super::matmul::{matmul, mixed_product};
+use super::matmul::matmul;
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
-use super::{guard, kernel_cache};
+use super::{cuda_matmul, guard, kernel_cache, matmul_exact};
 use crate::error::Result;
 use crate::ops::*;
 use burn::tensor::{DType, Tensor};
@@ -51,9 +51,13 @@ impl MatmulOps for Cuda {
     }
 }
 
-/// bf16 on the tensor cores, f32 without them.
+/// bf16 on Hopper's tensor cores; f32, and bf16 on other cards, without tensor cores.
 fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
-    mixed_product(a, b, c);
+    if cuda_matmul::takes(a, b, c) {
+        cuda_matmul::product(a, b, c);
+    } else {
+        matmul_exact::cuda(a, b, c);
+    }
 }
 
 impl RmsNormOps for Cuda {

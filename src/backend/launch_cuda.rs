@@ -142,32 +142,34 @@ impl CubeTask<CudaCompiler> for Task {
     }
 }
 
-/// A matrix that the copy engine (TMA) reads or writes in boxes.
+/// A tensor that the copy engine (TMA) reads or writes in boxes.
 #[derive(Debug)]
 pub struct TensorMap<'a> {
-    /// A dense tensor; its elements, in order, are the matrix.
+    /// A dense tensor; its elements, in order, are those of the map.
     pub tensor: &'a CubeTensor<CudaRuntime>,
-    /// Rows and columns; a row takes a multiple of 16 bytes.
-    pub shape: [usize; 2],
-    /// Rows and columns of a box, at most 256 each; a row of it takes at most the swizzle's span.
-    pub tile: [usize; 2],
+    /// Sizes, outermost first; a row of the last one takes a multiple of 16 bytes.
+    pub shape: Vec<usize>,
+    /// Sizes of a box, at most 256 each; a row of it takes at most the swizzle's span.
+    pub tile: Vec<usize>,
     /// How a box lies in shared memory.
     pub swizzle: TensorMapSwizzle,
 }
 
 impl TensorMap<'_> {
     fn binding(&self) -> TensorMapBinding {
-        let [rows, columns] = self.shape;
-        let row_bytes = columns * self.tensor.elem_size();
-        assert_eq!(rows * columns, self.tensor.meta.num_elements(), "a tensor map over all of its tensor");
+        let row_bytes = self.shape.last().copied().unwrap_or(0) * self.tensor.elem_size();
+        let elements: usize = self.shape.iter().product();
+        assert_eq!(elements, self.tensor.meta.num_elements(), "a tensor map over all of its tensor");
+        assert_eq!(self.shape.len(), self.tile.len(), "a box of the tensor's rank");
         assert!(
             row_bytes.is_multiple_of(16),
             "a tensor map's rows of {row_bytes} bytes, expected a multiple of 16"
         );
+        let strides: Vec<usize> = (1..=self.shape.len()).map(|from| self.shape[from..].iter().product()).collect();
         let meta = TensorMapMeta {
-            format: TensorMapFormat::Tiled(TiledArgs { tile_size: self.tile.into() }),
-            metadata: Metadata::new([rows, columns], [columns, 1]),
-            elem_stride: [1usize, 1].into(),
+            format: TensorMapFormat::Tiled(TiledArgs { tile_size: self.tile.clone().into() }),
+            metadata: Metadata::new(self.shape.clone(), strides),
+            elem_stride: vec![1usize; self.shape.len()].into(),
             interleave: TensorMapInterleave::None,
             swizzle: self.swizzle,
             prefetch: TensorMapPrefetch::B256,
@@ -199,11 +201,17 @@ pub fn float_word(value: f32) -> u64 {
 /// Errors of the launch and the kernel's compilation come up at the next synchronisation ([`super::guard()`] turns
 /// them into one line).
 pub fn launch(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
+    let tensors = arguments.maps.iter().map(|map| map.tensor).chain(arguments.buffers.iter().copied());
+    debug_assert!({ tensors }.all(|tensor| tensor.is_contiguous()), "{}", kernel.entry);
+    launch_strided(kernel, grid, arguments);
+}
+
+/// [`launch`] with buffers of any layout, for kernels that are told the strides.
+pub fn launch_strided(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
     let Arguments { maps, buffers, scalars } = arguments;
     let mut tensors = maps.iter().map(|map| map.tensor).chain(buffers.iter().copied());
     let Some(first) = tensors.next().filter(|_| !grid.contains(&0)) else { return };
-    debug_assert!(first.is_contiguous(), "{}", kernel.entry);
-    debug_assert!(tensors.all(|t| t.device == first.device && t.is_contiguous()), "{}", kernel.entry);
+    debug_assert!(tensors.all(|t| t.device == first.device), "{}", kernel.entry);
     // With nothing "dynamic" after them, all words arrive as one struct by value.
     let words = MetadataBindingInfo::new(scalars.to_vec(), scalars.len());
     let bindings = KernelArguments::new()

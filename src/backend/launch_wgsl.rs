@@ -99,11 +99,22 @@ impl CubeTask<AutoCompiler> for Task {
 /// Queues a kernel on the device (and stream) of its first buffer.
 ///
 /// `workgroups` are laid out over x, then y: a kernel computes its number as `id.y * count.x + id.x` and ignores those
-/// past the end. The buffers are dense tensors on one device ([`super::tensor::dense`]). Errors of the launch and the kernel's compilation come up at the next synchronisation
-/// ([`super::guard()`] turns them into one line).
+/// past the end. The buffers are dense tensors on one device ([`super::tensor::dense`]). Errors of the launch and the
+/// kernel's compilation come up at the next synchronisation ([`super::guard()`] turns them into one line).
 pub fn launch(kernel: WgslKernel, workgroups: u64, buffers: &[&CubeTensor<WgpuRuntime>], scalars: &[u32]) {
+    debug_assert!(buffers.iter().all(|b| b.is_contiguous()), "{}", kernel.entry);
+    launch_strided(kernel, workgroups, buffers, scalars);
+}
+
+/// [`launch`] with buffers of any layout, for kernels that are told the strides.
+pub fn launch_strided(
+    kernel: WgslKernel,
+    workgroups: u64,
+    buffers: &[&CubeTensor<WgpuRuntime>],
+    scalars: &[u32],
+) {
     let Some(first) = buffers.first().filter(|_| workgroups > 0) else { return };
-    debug_assert!(buffers.iter().all(|b| b.device == first.device && b.is_contiguous()), "{}", kernel.entry);
+    debug_assert!(buffers.iter().all(|b| b.device == first.device), "{}", kernel.entry);
     let bindings = buffers.iter().map(|buffer| buffer.handle.clone().binding()).collect();
     // Uniform structs are sized in 16 bytes.
     let mut words = scalars.to_vec();

@@ -10,8 +10,10 @@ pub mod source;
 pub mod tensor;
 pub mod wgpu;
 
+mod cuda_matmul;
 mod kernel_cache;
 mod matmul;
+mod matmul_exact;
 mod probe_cpu;
 mod probe_cuda;
 mod probe_wgpu;

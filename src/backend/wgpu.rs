@@ -4,7 +4,7 @@ use super::launch_wgsl::{WgslKernel, launch};
 use super::matmul::matmul;
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
-use super::{kernel_cache, probe_wgpu};
+use super::{kernel_cache, matmul_exact, probe_wgpu};
 use crate::error::Result;
 use crate::ops::*;
 use burn::tensor::{DType, Tensor};
@@ -49,13 +49,8 @@ impl XsaOps for Wgpu {}
 
 impl MatmulOps for Wgpu {
     fn matmul_as<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, out: DType) -> Tensor<Self, D> {
-        matmul(a, b, out, product)
+        matmul(a, b, out, matmul_exact::wgpu)
     }
-}
-
-/// f32 throughout.
-fn product(a: &CubeTensor<WgpuRuntime>, b: &CubeTensor<WgpuRuntime>, c: &CubeTensor<WgpuRuntime>) {
-    super::matmul::product(a, b, c);
 }
 
 impl RmsNormOps for Wgpu {
@@ -127,6 +122,9 @@ pub fn shaders() -> Vec<(&'static str, &'static str, String)> {
                 shaders.push((RMS_NORM.name(), entry, rms_norm_variant(entry, width, length).text()));
             }
         }
+    }
+    for (a_k_fast, b_k_fast) in [(false, false), (false, true), (true, false), (true, true)] {
+        shaders.push(("matmul.wgsl", "matmul", matmul_exact::wgsl_variant(a_k_fast, b_k_fast).text()));
     }
     shaders
 }

@@ -187,7 +187,8 @@ impl<P: Plain> Optimizers<P> {
                     vec![own]
                 },
                 bf16,
-                bf16_state: bf16 || (pr1382 && rounding.storage),
+                // PR #1382's Muon takes gradients and momentum to bfloat16, as it does what it orthogonalises.
+                bf16_state: bf16 || (pr1382 && rounding.newton_schulz),
                 whole: model.params().bank_of(param.name()).is_some(),
                 param,
             }

@@ -18,6 +18,21 @@ pub struct BuiltIn {
 static BUILT_IN: &[BuiltIn] = &[
     BuiltIn { name: "tiny", aliases: &[], toml: include_str!("../../examples/recipes/tiny.toml") },
     BuiltIn { name: "baseline", aliases: &[], toml: include_str!("../../examples/recipes/baseline.toml") },
+    BuiltIn {
+        name: "ternary-loop",
+        aliases: &["pr1994"],
+        toml: include_str!("../../examples/recipes/ternary-loop.toml"),
+    },
+    BuiltIn {
+        name: "mamba3-hinge",
+        aliases: &["pr1607"],
+        toml: include_str!("../../examples/recipes/mamba3-hinge.toml"),
+    },
+    BuiltIn {
+        name: "mamba1-unet",
+        aliases: &["pr1382"],
+        toml: include_str!("../../examples/recipes/mamba1-unet.toml"),
+    },
 ];
 
 /// The built-in recipes.
