@@ -33,16 +33,29 @@ crate::plain_backend!(Cuda);
 impl ActivationOps for Cuda {}
 impl AngleOps for Cuda {}
 impl AttentionOps for Cuda {}
-impl ConvOps for Cuda {}
-impl CrossEntropyOps for Cuda {}
-impl EmbeddingOps for Cuda {}
+// 256 MB or 1 GB of f32 at once: few launches count more here than memory.
+impl ConvOps for Cuda {
+    const CONV_ELEMENTS: usize = 1 << 28;
+}
+impl CrossEntropyOps for Cuda {
+    const LOGIT_ELEMENTS: usize = 1 << 26;
+}
+impl EmbeddingOps for Cuda {
+    const ONE_HOT_ELEMENTS: usize = 1 << 26;
+}
 impl LinearOps for Cuda {}
-impl OnePoleOps for Cuda {}
+impl OnePoleOps for Cuda {
+    const ONE_POLE_ELEMENTS: usize = 1 << 28;
+}
 impl ParamOps for Cuda {}
 impl ResidualOps for Cuda {}
 impl RopeOps for Cuda {}
-impl ScanOps for Cuda {}
-impl SelectiveScanOps for Cuda {}
+impl ScanOps for Cuda {
+    const SCAN_ELEMENTS: usize = 1 << 28;
+}
+impl SelectiveScanOps for Cuda {
+    const SELECTIVE_SCAN_ELEMENTS: usize = 1 << 28;
+}
 impl XsaOps for Cuda {}
 
 impl MatmulOps for Cuda {

@@ -136,7 +136,8 @@ pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, 
     let [z, rows, columns] = a.shape;
     let (m, k) = if a.k_major { (rows, columns) } else { (columns, rows) };
     let n = if b.k_major { b.shape[1] } else { b.shape[2] };
-    let multiprocessors = c.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+    let multiprocessors =
+        c.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
     // A long sum into few tiles (a weight's gradient) is split over the multiprocessors.
     let few = m.div_ceil(128) * n.div_ceil(128) * z < multiprocessors && k > 4096;
     let (width, parts) = choose(m, n, k, z, few && c.dtype == DType::F32, multiprocessors);
@@ -196,7 +197,11 @@ fn sum_parts(
     let width = if elements.is_multiple_of(4) { 4 } else { 1 };
     let blocks = (z * elements / width).div_ceil(256).clamp(1, 16 * multiprocessors);
     let scalars = [elements as u64, z as u64, count as u64, 0];
-    launch(kernel, [blocks as u32, 1, 1], Arguments { buffers: &[parts, c], scalars: &scalars, ..Default::default() });
+    launch(
+        kernel,
+        [blocks as u32, 1, 1],
+        Arguments { buffers: &[parts, c], scalars: &scalars, ..Default::default() },
+    );
 }
 
 fn element(dtype: DType) -> &'static str {
@@ -219,13 +224,18 @@ mod tests {
         // Never a part without a slice, nor a sum of too many terms.
         for k in [1, 63, 64, 65, 5000, 100_000] {
             let (_, parts) = choose(7, 9, k, 1, true, 132);
-            assert!(parts >= 1 && parts <= k.div_ceil(DEPTH) && k.div_ceil(parts) <= 2 * MOST_TERMS, "{k}: {parts}");
+            assert!(
+                parts >= 1 && parts <= k.div_ceil(DEPTH) && k.div_ceil(parts) <= 2 * MOST_TERMS,
+                "{k}: {parts}"
+            );
         }
     }
 
     #[test]
     fn strides_tell_dense_from_transposed() {
-        assert!(is_dense(&[3, 4], &[4, 1]) && is_dense(&[1, 4], &[77, 1]) && is_dense(&[2, 3, 4], &[12, 4, 1]));
+        assert!(
+            is_dense(&[3, 4], &[4, 1]) && is_dense(&[1, 4], &[77, 1]) && is_dense(&[2, 3, 4], &[12, 4, 1])
+        );
         assert!(!is_dense(&[3, 4], &[1, 3]) && !is_dense(&[2, 3, 4], &[24, 8, 1]));
     }
 }

@@ -165,7 +165,8 @@ impl TensorMap<'_> {
             row_bytes.is_multiple_of(16),
             "a tensor map's rows of {row_bytes} bytes, expected a multiple of 16"
         );
-        let strides: Vec<usize> = (1..=self.shape.len()).map(|from| self.shape[from..].iter().product()).collect();
+        let strides: Vec<usize> =
+            (1..=self.shape.len()).map(|from| self.shape[from..].iter().product()).collect();
         let meta = TensorMapMeta {
             format: TensorMapFormat::Tiled(TiledArgs { tile_size: self.tile.clone().into() }),
             metadata: Metadata::new(self.shape.clone(), strides),

@@ -113,11 +113,8 @@ pub(super) fn wgpu(a: &CubeTensor<WgpuRuntime>, b: &CubeTensor<WgpuRuntime>, c: 
 /// The kernel for factors that neighbouring threads read along k, or along the other size.
 pub(super) fn wgsl_variant(a_k_fast: bool, b_k_fast: bool) -> launch_wgsl::WgslKernel {
     let place = |k_fast: bool| {
-        let text = if k_fast {
-            "vec2<u32>(at / DEPTH, at % DEPTH)"
-        } else {
-            "vec2<u32>(at % TILE, at / TILE)"
-        };
+        let text =
+            if k_fast { "vec2<u32>(at / DEPTH, at % DEPTH)" } else { "vec2<u32>(at % TILE, at / TILE)" };
         text.to_string()
     };
     launch_wgsl::WgslKernel {

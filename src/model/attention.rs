@@ -66,7 +66,8 @@ impl AttentionPlan {
     pub fn specs(&self, linears: Linears) -> Vec<Spec> {
         let Self { prefix, dim, heads, groups, .. } = self;
         let kv = groups * self.head_dim();
-        let weight = |name: &str, outputs: usize| linears.weight(&format!("{prefix}.{name}"), [outputs, *dim]);
+        let weight =
+            |name: &str, outputs: usize| linears.weight(&format!("{prefix}.{name}"), [outputs, *dim]);
         let constant = |name: &str, shape: &[usize], value: f32| {
             Spec::new(format!("{prefix}.{name}"), shape, Init::Constant(value))
         };

@@ -69,7 +69,8 @@ impl BlockPlan {
 
     /// The scales, the mix and the gate.
     pub fn own_specs(&self, dim: usize) -> Vec<Spec> {
-        let scales = self.mixers.iter().map(|mixer| &mixer.scale).chain(self.mlp.iter().map(|mlp| &mlp.scale));
+        let scales =
+            self.mixers.iter().map(|mixer| &mixer.scale).chain(self.mlp.iter().map(|mlp| &mlp.scale));
         let one = |name: &String| Spec::new(name, &[dim], Init::Constant(1.0));
         let mut specs: Vec<Spec> = scales.flatten().map(one).collect();
         specs.extend(self.mix.iter().map(|name| Spec::new(name, &[2, dim], Init::FirstRowOne)));

@@ -302,9 +302,8 @@ pub fn smear<P: Plain, B: Backend<Plain = P>>(
     let time = rows / batch;
     let rows_of = x.clone().reshape([batch, time, columns]);
     let seen = last.as_ref().and_then(|last| (*last).clone());
-    let mut previous = vec![seen.unwrap_or_else(|| {
-        Tensor::zeros([batch, 1, columns], (&x.device(), x.dtype()))
-    })];
+    let mut previous =
+        vec![seen.unwrap_or_else(|| Tensor::zeros([batch, 1, columns], (&x.device(), x.dtype())))];
     if time > 1 {
         previous.push(rows_of.clone().narrow(1, 0, time - 1));
     }

@@ -145,7 +145,9 @@ mod tests {
         for [rows, columns] in [[1, 1], [5, 5], [40, 17], [17, 40]] {
             let w = Init::Orthogonal.values(7, "w", &[rows, columns]);
             let short = rows.min(columns);
-            let vector = |i: usize, k: usize| f64::from(if rows < columns { w[i * columns + k] } else { w[k * columns + i] });
+            let vector = |i: usize, k: usize| {
+                f64::from(if rows < columns { w[i * columns + k] } else { w[k * columns + i] })
+            };
             for (i, j) in (0..short).flat_map(|i| (0..short).map(move |j| (i, j))) {
                 let dot: f64 = (0..rows.max(columns)).map(|k| vector(i, k) * vector(j, k)).sum();
                 assert!((dot - f64::from(u8::from(i == j))).abs() < 1e-6, "{rows}x{columns} {i} {j}: {dot}");

@@ -47,7 +47,8 @@ impl Mamba1Plan {
             Spec::new(format!("{prefix}.D"), &[*inner], Init::Constant(1.0)),
             casted.weight(&format!("{prefix}.in_proj"), [2 * inner + state + dt_rank, *dim]),
             small("c_proj", [*state, *dim], Init::Normal(0.01)),
-            Spec::new(format!("{prefix}.conv1d.weight"), &[*inner, 1, *taps], Init::Uniform(fan_in)).in_bf16(),
+            Spec::new(format!("{prefix}.conv1d.weight"), &[*inner, 1, *taps], Init::Uniform(fan_in))
+                .in_bf16(),
             Spec::new(format!("{prefix}.conv1d.bias"), &[*inner], Init::Uniform(fan_in)),
             small("dt_proj", [*inner, *dt_rank], Init::Linear),
             Spec::new(format!("{prefix}.dt_proj.bias"), &[*inner], Init::StepSize),

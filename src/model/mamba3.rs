@@ -49,7 +49,8 @@ impl Mamba3Plan {
         let Self { prefix, dim, inner, state, groups, .. } = self;
         let heads = self.heads();
         let projected = 2 * inner + 2 * groups * state + 3 * heads + self.angles();
-        let one = |name: &str, shape: &[usize]| Spec::new(format!("{prefix}.{name}"), shape, Init::Constant(1.0));
+        let one =
+            |name: &str, shape: &[usize]| Spec::new(format!("{prefix}.{name}"), shape, Init::Constant(1.0));
         vec![
             Spec::new(format!("{prefix}.dt_bias"), &[heads], Init::StepSize),
             one("B_bias", &[heads, 1, *state]),

@@ -33,8 +33,9 @@ impl MlpPlan {
     pub fn specs(&self, linears: Linears) -> Vec<Spec> {
         let Self { prefix, dim, hidden, form } = self;
         let inner = |name: &str| linears.weight(&format!("{prefix}.{name}"), [*hidden, *dim]);
-        let last =
-            |name: &str| linears.weight_from(&format!("{prefix}.{name}"), [*dim, *hidden], Init::Constant(0.0));
+        let last = |name: &str| {
+            linears.weight_from(&format!("{prefix}.{name}"), [*dim, *hidden], Init::Constant(0.0))
+        };
         match form {
             MlpForm::Squared(_) => vec![inner("fc"), last("proj")],
             MlpForm::SwiGlu => vec![inner("w_gate"), inner("w_up"), last("w_down")],

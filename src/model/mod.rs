@@ -175,7 +175,8 @@ impl<P: Plain> Model<P> {
             return;
         }
         let by_size = self.late_form != WeightForm::fake_int6_asymmetric();
-        for spec in self.plan.specs.iter().filter(|spec| spec.casted && !(by_size && spec.numel() <= 65_536)) {
+        for spec in self.plan.specs.iter().filter(|spec| spec.casted && !(by_size && spec.numel() <= 65_536))
+        {
             let form = if on { self.late_form } else { spec.form };
             self.params.named(&spec.name).set_form(form);
         }
@@ -281,7 +282,11 @@ impl<P: Plain> Model<P> {
         self.nll_of(hidden, targets)
     }
 
-    fn nll_of<B: Backend<Plain = P>>(&self, hidden: Tensor<B, 2>, targets: Tensor<B, 2, Int>) -> Tensor<B, 1> {
+    fn nll_of<B: Backend<Plain = P>>(
+        &self,
+        hidden: Tensor<B, 2>,
+        targets: Tensor<B, 2, Int>,
+    ) -> Tensor<B, 1> {
         let rows = hidden.dims()[0];
         B::cross_entropy(hidden, self.head(), targets.reshape([rows]), Some(self.plan.softcap))
     }
@@ -298,7 +303,8 @@ impl<P: Plain> Model<P> {
         let columns = hidden.dims()[1];
         let share: Tensor<B, 1> = B::lift(share.clone());
         let mut sum = total(self.nll_of(hidden.clone(), targets.clone()) * share.clone());
-        let weight = self.plan.ahead.as_ref().map_or(0.0, |ahead| ahead.weight) / self.ahead.len().max(1) as f64;
+        let weight =
+            self.plan.ahead.as_ref().map_or(0.0, |ahead| ahead.weight) / self.ahead.len().max(1) as f64;
         for (index, head) in self.ahead.iter().enumerate() {
             let seen = time.saturating_sub(index + 1);
             if seen == 0 || weight == 0.0 {

@@ -110,7 +110,8 @@ impl<P: Plain> S4d<P> {
         let chunk = CHUNK.min(time);
         let mut parts = Vec::new();
         // Whole chunks, then what is left.
-        for (start, len, chunk) in [(0, time / chunk * chunk, chunk), (time / chunk * chunk, time % chunk, time % chunk)]
+        for (start, len, chunk) in
+            [(0, time / chunk * chunk, chunk), (time / chunk * chunk, time % chunk, time % chunk)]
         {
             if len > 0 {
                 let part = input.clone().narrow(2, start, len);

@@ -1,6 +1,7 @@
 //! The plans of the four systems: the challenge's baseline and the three hybrids (spec/challenge.md section 4,
 //! spec/pr1994.md, spec/pr1607.md, spec/pr1382.md).
 
+use super::AHEAD;
 use super::attention::AttentionPlan;
 use super::block::{BlockPlan, Branch, MixerPlan};
 use super::embed::{EmbedPlan, HashPlan, SmearPlan, ValueEmbeddingPlan};
@@ -11,7 +12,6 @@ use super::mamba3::Mamba3Plan;
 use super::mlp::{MlpForm, MlpPlan};
 use super::plan::{AheadPlan, Bank, Plan, RopePlan, Skip, Visit, head_spec, skip_spec, unet};
 use super::s4d::S4dPlan;
-use super::AHEAD;
 use super::spec::{Linears, Spec};
 use crate::ops::hash::Hash;
 use crate::ops::weight_form::WeightForm;
@@ -205,7 +205,7 @@ fn mamba2(recipe: &Recipe, prefix: String) -> Mamba2Plan {
 }
 
 fn xor_table(recipe: &Recipe, prefix: &'static str, triples: bool) -> Option<HashPlan> {
-    (recipe.bigram_vocab_size > 0).then(|| HashPlan {
+    (recipe.bigram_vocab_size > 0).then_some(HashPlan {
         prefix,
         table: "embed",
         hash: Hash::Xor,
@@ -266,7 +266,8 @@ fn pr1607(recipe: &Recipe) -> Plan {
     let extra = |layer: &usize| mlp(recipe, format!("recur_mlps.{layer}"));
     let extra_mlps: Vec<MlpPlan> = recipe.recur_layers.iter().filter(|_| untied).map(extra).collect();
     let rows = layers / 2;
-    let repeated = |layer: usize| untied.then(|| recipe.recur_layers.iter().position(|l| *l == layer)).flatten();
+    let repeated =
+        |layer: usize| untied.then(|| recipe.recur_layers.iter().position(|l| *l == layer)).flatten();
     let recurrent_visits = recipe.recur_layers.last().map(|last| {
         let mut order: Vec<usize> = (0..=*last).collect();
         (0..recipe.recur_repeats).for_each(|_| order.extend(&recipe.recur_layers));
@@ -366,7 +367,8 @@ fn pr1382(recipe: &Recipe) -> Plan {
         _ => Init::Constant(0.0),
     };
     let mut specs: Vec<Spec> = skip_spec(&[], layers / 2, dim).into_iter().collect();
-    let all: Vec<Spec> = blocks.iter().flat_map(|block| block_specs(block, dim, banked, orthogonal)).collect();
+    let all: Vec<Spec> =
+        blocks.iter().flat_map(|block| block_specs(block, dim, banked, orthogonal)).collect();
     let banks = banks(&blocks, &all);
     let in_bank = |spec: &Spec| banks.iter().any(|bank| bank.members.contains(&spec.name));
     let (mut members, rest): (Vec<Spec>, Vec<Spec>) = all.into_iter().partition(in_bank);

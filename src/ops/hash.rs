@@ -72,12 +72,7 @@ fn wrapped<B: Backend>(x: Tensor<B, 2, Int>) -> Tensor<B, 2, Int> {
     (x.add_scalar(1i64 << 31)).remainder_scalar(1i64 << 32).sub_scalar(1i64 << 31)
 }
 
-fn xor<B: Backend>(
-    ids: Tensor<B, 2, Int>,
-    first: usize,
-    buckets: usize,
-    triple: bool,
-) -> Tensor<B, 2, Int> {
+fn xor<B: Backend>(ids: Tensor<B, 2, Int>, first: usize, buckets: usize, triple: bool) -> Tensor<B, 2, Int> {
     let [batch, time] = ids.dims();
     // A table of one row has no row for hashes: every position takes the only one.
     let n = (buckets as i64 - 1).max(1);

@@ -182,7 +182,11 @@ impl<P: Plain> Averages<P> {
     pub fn state(&self) -> OptimizerState<P> {
         let mut state = OptimizerState::default();
         for slot in &self.slots {
-            let rows = slot.ema.iter().map(|ema| (0, ema)).chain(slot.snapshots.iter().enumerate().map(|(i, s)| (i + 1, s)));
+            let rows = slot
+                .ema
+                .iter()
+                .map(|ema| (0, ema))
+                .chain(slot.snapshots.iter().enumerate().map(|(i, s)| (i + 1, s)));
             for (number, row) in rows {
                 let name = format!("{STATE_PREFIX}{number}.{}", slot.param.name());
                 state.push(name, row.clone(), self.count);
@@ -194,7 +198,8 @@ impl<P: Plain> Averages<P> {
     /// Sets the state from what [`Self::state`] gave; what is missing in it starts anew.
     pub fn restore(&mut self, state: &mut OptimizerState<P>) {
         for slot in &mut self.slots {
-            let mut row = |number: usize| state.take(&format!("{STATE_PREFIX}{number}.{}", slot.param.name()));
+            let mut row =
+                |number: usize| state.take(&format!("{STATE_PREFIX}{number}.{}", slot.param.name()));
             if let Some((ema, count)) = row(0) {
                 slot.ema = Some(ema);
                 self.count = count;

@@ -106,7 +106,11 @@ pub fn group_of(recipe: &Recipe, name: &str, rank: usize) -> Group {
         PR1607 if matches!(name, "bigram_hash.proj.weight" | "ve_shared.proj.weight") => Group::Matrix,
         // The source puts the extra MLPs in no optimizer.
         PR1607 if name.starts_with("recur_mlps.") => {
-            if recipe.as_written { Group::Nothing } else { Group::Matrix }
+            if recipe.as_written {
+                Group::Nothing
+            } else {
+                Group::Matrix
+            }
         }
         PR1382 => match name {
             "bigram.embed.weight" | "ve_shared.embed.weight" => Group::Embedding,
@@ -114,7 +118,9 @@ pub fn group_of(recipe: &Recipe, name: &str, rank: usize) -> Group {
                 Group::MambaMatrix
             }
             _ if name.starts_with(AHEAD) => Group::Matrix,
-            _ if rank == 2 && (name.contains(".attn.c_") || name.ends_with(".attn.proj.weight")) => Group::Matrix,
+            _ if rank == 2 && (name.contains(".attn.c_") || name.ends_with(".attn.proj.weight")) => {
+                Group::Matrix
+            }
             _ if rank == 2 && name.contains(".mlp.") => Group::Matrix,
             _ => Group::Scalar,
         },
@@ -155,17 +161,14 @@ impl<P: Plain> Optimizers<P> {
 
     /// The same with another rounding than the recipe's.
     pub fn with_rounding(recipe: &Recipe, model: &Model<P>, rounding: Rounding) -> Self {
-        let plain = AdamConfig {
-            beta1: recipe.beta1,
-            beta2: recipe.beta2,
-            eps: recipe.adam_eps,
-            weight_decay: 0.0,
-        };
+        let plain =
+            AdamConfig { beta1: recipe.beta1, beta2: recipe.beta2, eps: recipe.adam_eps, weight_decay: 0.0 };
         let decayed = AdamConfig { weight_decay: recipe.adam_decay(), ..plain };
         let specs = &model.plan().specs;
         let of = |groups: &'static [Group]| {
             let in_groups = |spec: &&Spec| groups.contains(&group_of(recipe, &spec.name, spec.shape.len()));
-            let param = |spec: &Spec| Some((model.params().get(&spec.name)?.clone(), spec.bf16 && rounding.storage));
+            let param =
+                |spec: &Spec| Some((model.params().get(&spec.name)?.clone(), spec.bf16 && rounding.storage));
             specs.iter().filter(in_groups).filter_map(param).collect::<Vec<_>>()
         };
         let adams = vec![

@@ -42,7 +42,8 @@ pub fn is_quantised(recipe: &Recipe, lr_mul: f64, elapsed_ms: f64) -> bool {
     let cap = recipe.max_wallclock_seconds * 1000.0;
     match recipe.system.as_str() {
         PR1607 => {
-            let by_clock = recipe.qat_start_frac > 0.0 && cap > 0.0 && elapsed_ms / cap >= recipe.qat_start_frac;
+            let by_clock =
+                recipe.qat_start_frac > 0.0 && cap > 0.0 && elapsed_ms / cap >= recipe.qat_start_frac;
             by_clock || lr_mul < recipe.late_qat_threshold
         }
         PR1382 => recipe.qat_enabled || lr_mul < recipe.late_qat_threshold,

@@ -97,13 +97,8 @@ pub(super) fn muon<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     for name in names {
         let series = if name == "in" { Series::plain() } else { Series::named(&name) };
         let param = Param::new("p", case.float::<2>(&series.start)?, case.dtype);
-        let matrix = MuonParam {
-            param: param.clone(),
-            lrs: vec![lr],
-            bf16: false,
-            bf16_state: false,
-            whole: true,
-        };
+        let matrix =
+            MuonParam { param: param.clone(), lrs: vec![lr], bf16: false, bf16_state: false, whole: true };
         let mut muon = Muon::new(vec![matrix], config);
         let shape = param.shape().to_vec();
         series.run::<P, 2>(case, &param, &shape, || muon.step(1.0, momentum, None))?;

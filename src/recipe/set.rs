@@ -182,11 +182,13 @@ impl Recipe {
         }
         let base = match table.get(BASE) {
             None => Self::default(),
-            Some(value) => value.as_str().and_then(BuiltIn::find).map(BuiltIn::recipe).unwrap_or_else(|| {
-                let names: Vec<_> = builtin().iter().map(|built_in| built_in.name).collect();
-                let what = format!("{BASE} = {}", excerpt(&value.to_string()));
-                Err(Error::input(what, place.display(), format!("one of {}", names.join(", "))))
-            })?,
+            Some(value) => {
+                value.as_str().and_then(BuiltIn::find).map(BuiltIn::recipe).unwrap_or_else(|| {
+                    let names: Vec<_> = builtin().iter().map(|built_in| built_in.name).collect();
+                    let what = format!("{BASE} = {}", excerpt(&value.to_string()));
+                    Err(Error::input(what, place.display(), format!("one of {}", names.join(", "))))
+                })?
+            }
         };
         let stem = place.file_stem().unwrap_or_default().to_string_lossy();
         let name = stem.chars().filter(|c| !c.is_control()).take(100).collect();

@@ -1,8 +1,6 @@
 //! The table of keys: the only place that knows them.
 
-use super::knob::Limit::{
-    Any, Fraction, Int, Layers, List, OneOf, OrNothing, Positive, Text, Within,
-};
+use super::knob::Limit::{Any, Fraction, Int, Layers, List, OneOf, OrNothing, Positive, Text, Within};
 use super::knob::{Key, Knob, Scope, knobs};
 use super::{CHALLENGE, PR1382, PR1607, PR1994, SYSTEMS};
 

@@ -33,11 +33,13 @@ impl Recipe {
             self.divides("rotated channels of an attention head", rotated, "RoPE's pairs", 2)?;
         }
         if self.head_dim() < 2 || rotated > self.head_dim() {
-            let what = format!("rope_dims = {rotated} of heads of model_dim / num_heads = {}", self.head_dim());
+            let what =
+                format!("rope_dims = {rotated} of heads of model_dim / num_heads = {}", self.head_dim());
             return self.refuse(what, "heads of at least 2 channels, no fewer than rotate".into());
         }
         if self.mlp_dim() == 0 {
-            return self.refuse(format!("mlp_mult = {}", self.mlp_mult), "at least one hidden channel".into());
+            return self
+                .refuse(format!("mlp_mult = {}", self.mlp_mult), "at least one hidden channel".into());
         }
         let spans = self.grad_accum_steps * self.train_seq_len;
         let batch = self.train_batch_tokens;
@@ -109,7 +111,8 @@ impl Recipe {
             }
         }
         if self.num_unique_layers == 0 && self.num_loops > 1 {
-            return self.refuse(format!("num_loops = {}", self.num_loops), "num_unique_layers above 0".into());
+            return self
+                .refuse(format!("num_loops = {}", self.num_loops), "num_unique_layers above 0".into());
         }
         let inner = self.mamba2_expand * self.model_dim;
         self.divides("mamba2_expand * model_dim", inner, "mamba2_headdim", self.mamba2_headdim)?;

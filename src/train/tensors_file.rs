@@ -188,8 +188,7 @@ impl TensorsFile {
 
 /// Refuses tensors (name and shape) that are not the recipe's parameters, each once. `place` names their file.
 pub fn expect_params(recipe: &Recipe, tensors: &[(&str, &[usize])], place: &str) -> Result<()> {
-    let mut missing: BTreeMap<String, Vec<usize>> =
-        model::layout(recipe)?.into_iter().collect();
+    let mut missing: BTreeMap<String, Vec<usize>> = model::layout(recipe)?.into_iter().collect();
     for (name, shape) in tensors {
         let wanted = missing.remove(*name).ok_or_else(|| {
             Error::input(
