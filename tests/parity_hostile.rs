@@ -323,7 +323,7 @@ const BROKEN: &[(&str, &str, Change)] = &[
     ("chal64_tiny_tied", "no rope_base, config", |e, _| e["config"]["rope_base"] = Value::Null),
     ("chal64_tiny_tied", "unknown key num_experts, config", |e, _| e["config"]["num_experts"] = json!(2)),
     ("chal64_tiny_tied", "unknown name NUM_EXPERTS, env", |e, _| e["env"] = json!({"NUM_EXPERTS": 2})),
-    ("chal64_tiny_tied", "unknown attribute recur_enabled", |e, _| {
+    ("chal64_tiny_tied", "unknown key recur_enabled, attrs", |e, _| {
         e["attrs"] = json!({"recur_enabled": true})
     }),
     ("chal64_tiny_tied", "param.* has 37556 elements, the file, expected the 470048772", |e, _| {
