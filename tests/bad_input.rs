@@ -350,6 +350,83 @@ fn recipes() {
 }
 
 #[test]
+fn recipes_of_the_hybrids() {
+    let place = Place::with_data();
+    fs::write(place.path("base.toml"), "base = \"pr9\"\n").unwrap();
+    fs::write(place.path("layers.toml"), "system = \"pr1382\"\nmamba_layers = [1, 0]\n").unwrap();
+    let line = |recipe: &str, sets: &str| {
+        let sets: String = sets.split_whitespace().map(|set| format!(" --set {set}")).collect();
+        format!("train {recipe} --data data --device cpu --steps 1 --out x --set vocab_size=260{sets}")
+    };
+    let cases: &[(&str, &str, &[&str])] = &[
+        // A schedule that names a missing layer.
+        (
+            "pr1994",
+            "parallel_layer_positions=0-7",
+            &["parallel_layer_positions names layer 7", "num_unique_layers = 7"],
+        ),
+        (
+            "pr1994",
+            "attn_layer_positions=2",
+            &["attn_layer_positions and parallel_layer_positions both name layer 2"],
+        ),
+        (
+            "pr1994",
+            "num_unique_layers=0 num_loops=1 mamba2_layer_positions=9",
+            &["mamba2_layer_positions names layer 9", "num_layers = 9"],
+        ),
+        ("pr1994", "num_unique_layers=0", &["num_loops = 3", "num_unique_layers above 0"]),
+        ("pr1382", "mamba_layers=0-18", &["mamba_layers names layer 18", "num_layers = 18"]),
+        ("pr1382", "mamba_layers=3-1", &["mamba_layers = 3-1", "--set"]),
+        ("pr1382", "mamba_layers=1,1", &["mamba_layers = 1,1", "ascending"]),
+        ("pr1607", "attn_placement=9", &["attn_placement names layer 9", "num_layers = 8"]),
+        ("pr1607", "attn_placement=middle", &["attn_placement = middle", "even, first, last, nemotron"]),
+        ("pr1607", "num_attn_layers=9", &["num_attn_layers = 9", "num_layers = 8"]),
+        // A recurrence with no such layers.
+        ("pr1607", "recur_layers=3,8", &["recur_layers names layer 8", "num_layers = 8"]),
+        ("pr1607", "recur_layers=4,3", &["recur_layers = 4,3", "ascending"]),
+        ("pr1607", "recur_mode=twice", &["recur_mode = twice", "block, untie_mlp"]),
+        // Head counts that do not divide.
+        ("pr1607", "num_heads=3", &["model_dim = 512", "num_heads = 3"]),
+        ("pr1382", "num_kv_heads=3", &["num_heads = 8", "num_kv_heads = 3"]),
+        ("pr1607", "mamba3_headdim=48", &["mamba3_expand * model_dim = 1024", "mamba3_headdim = 48"]),
+        ("pr1607", "mamba3_ngroups=3", &["heads of Mamba-3 = 16", "mamba3_ngroups = 3"]),
+        ("pr1994", "mamba2_headdim=48", &["mamba2_expand * model_dim = 1024", "mamba2_headdim = 48"]),
+        ("pr1994", "mamba2_ngroups=2", &["mamba2_ngroups = 2", "mamba2_gated_norm = true"]),
+        ("pr1994", "mamba2_gated_norm=1", &["mamba2_gated_norm and mamba2_kill_selectivity"]),
+        ("pr1382", "rope_dims=5", &["rotated channels of an attention head = 5", "2"]),
+        ("pr1382", "rope_dims=66", &["rope_dims = 66", "model_dim / num_heads = 64"]),
+        // Sizes that an op does not support.
+        ("pr1607", "mamba3_d_state=2", &["mamba3_d_state = 2", "at least 4"]),
+        ("pr1607", "mamba3_d_state=1025", &["mamba3_d_state = 1025", "from 1 to 1024"]),
+        ("pr1607", "mamba3_chunk_size=0", &["mamba3_chunk_size = 0", "from 1 to 4096"]),
+        ("pr1994", "mamba2_d_state=0", &["mamba2_d_state = 0", "from 1 to 1024"]),
+        ("pr1994", "mamba2_chunk_size=4097", &["mamba2_chunk_size = 4097", "from 1 to 4096"]),
+        ("pr1994", "mamba2_d_conv=1", &["mamba2_d_conv = 1", "at least 2"]),
+        ("pr1382", "mamba_d_conv=1", &["mamba_d_conv = 1", "at least 2"]),
+        ("pr1382", "mamba_d_state=0", &["mamba_d_state = 0", "from 1 to 1024"]),
+        ("pr1382", "mamba_expand=0.001", &["mamba_expand = 0.001", "at least one inner channel"]),
+        ("pr1607", "bigram_buckets=8000000", &["bigram_buckets = 8000000", "at most 4194304"]),
+        ("pr1382", "bigram_vocab_size=8000000", &["bigram_vocab_size = 8000000", "at most 4194304"]),
+        ("pr1382", "muon_shards=2", &["muon_shards = 2", "as_written = true"]),
+        // Keys of another system, and where a recipe starts.
+        ("tiny", "ternary_body=1", &["ternary_body = true in system challenge", "pr1994"]),
+        ("pr1607", "mamba_layers=0", &["mamba_layers = [0] in system pr1607", "pr1382"]),
+        ("tiny", "system=pr7", &["system = pr7", "pr1994"]),
+        ("base.toml", "", &["base = \"pr9\"", "base.toml", "one of tiny, baseline"]),
+        ("layers.toml", "", &["mamba_layers = [1, 0]", "layers.toml", "ascending"]),
+    ];
+    let lines: Vec<(String, &[&str])> =
+        cases.iter().map(|(recipe, sets, parts)| (line(recipe, sets), *parts)).collect();
+    let all: Vec<(&str, i32, &[&str])> =
+        lines.iter().map(|(line, parts)| (line.as_str(), 2, *parts)).collect();
+    all_fail(&place, &all);
+    let mut command = place.command();
+    command.args(line("pr1607", "").split(' ').chain(["--from-env"])).env("RECUR_LAYERS", "3,x");
+    Ran::of(&mut command).fails(2, &["recur_layers = 3,x", "environment variable RECUR_LAYERS"]);
+}
+
+#[test]
 fn artifacts() {
     let place = trained();
     let whole = place.read("model.fairway");

@@ -78,6 +78,10 @@ fn recipes_and_devices_list_what_there_is() {
     let params = |name: &str| rows.iter().find(|row| row["name"] == name).unwrap()["params"].as_u64();
     assert_eq!(params("baseline"), Some(17_059_912));
     assert!(params("tiny").unwrap() < 1_000_000);
+    let hybrids = [("ternary-loop", 61_657_752), ("mamba3-hinge", 26_216_040), ("mamba1-unet", 27_191_065)];
+    for (name, count) in hybrids {
+        assert_eq!(params(name), Some(count), "{name}");
+    }
     let table = place.line("recipes").clean().stdout;
     assert!(table.lines().any(|line| line.starts_with("baseline") && line.contains("17059912")), "{table}");
 

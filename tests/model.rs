@@ -89,7 +89,11 @@ fn the_closed_form_counts_what_is_built() {
         for tie_embeddings in [true, false] {
             let recipe = Recipe { tie_embeddings, ..small(layers) };
             let model = Model::<Cpu>::new(&recipe, &device(), DType::F64).unwrap();
-            assert_eq!(model.params().numel() as u64, fairway::model::param_count(&recipe).unwrap(), "{layers} layers");
+            assert_eq!(
+                model.params().numel() as u64,
+                fairway::model::param_count(&recipe).unwrap(),
+                "{layers} layers"
+            );
             assert_eq!(model.params().get(HEAD).is_some(), !tie_embeddings);
             assert_eq!(model.params().get(SKIPS).is_some(), layers > 1);
         }
@@ -223,7 +227,7 @@ fn parameters_go_to_host_memory_and_back_and_strangers_are_refused() {
         assert!(error.to_string().starts_with(what), "{error}");
     };
     refused(&host[1..], "tensor tok_emb.weight is missing");
-    refused(&[&host[..], &host[..1]].concat(), "tensor tok_emb.weight is missing or there twice");
+    refused(&[&host[..], &host[..1]].concat(), "tensor tok_emb.weight is there twice");
     refused(&[&host[..], &[HostTensor::from_f32("extra", &[1], &[0.0])]].concat(), "unknown tensor extra");
     let mut wrong = host.clone();
     wrong[0].shape = vec![24, 17];

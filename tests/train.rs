@@ -494,3 +494,116 @@ fn a_new_run_takes_an_older_ones_place_when_its_weights_are_whole() {
     assert_eq!(report["recipe"]["model_dim"].as_u64(), Some(32));
     place.line("eval run --data data --device cpu --json").json();
 }
+
+/// What the hybrids' recipes need to train in milliseconds: each with all of its parts, the recurrence from the middle on.
+const HYBRIDS: [(&str, &str); 3] = [
+    (
+        "pr1994",
+        "num_unique_layers=2 num_loops=2 parallel_layer_positions=0,1 mamba2_headdim=16 mamba2_d_state=8 \
+         lr_warmup_steps=3 mlp_mult=2 ema_beta=0.9",
+    ),
+    (
+        "pr1607",
+        "num_layers=4 mamba3_headdim=16 mamba3_d_state=8 mamba3_chunk_size=8 bigram_buckets=64 bigram_hash_dim=8 \
+         recur_layers=1,2 recur_start_frac=0.5 mlp_mult=2 ema_decay=0.9",
+    ),
+    (
+        "pr1382",
+        "num_layers=4 mamba_layers=0,3 mamba_d_state=4 bigram_vocab_size=64 bigram_dim=8 rope_dims=8 mlp_mult=2 \
+         ema_decay=0.9 as_written=true muon_shards=2",
+    ),
+];
+
+/// The words that train a hybrid's small recipe on `data` into `out`, and then `more`.
+fn hybrid(recipe: &str, own: &str, out: &str, more: &str) -> Vec<String> {
+    let common = "vocab_size=260 model_dim=32 num_heads=2 num_kv_heads=1 train_seq_len=16 train_batch_tokens=64 \
+                  val_batch_size=64 grad_accum_steps=1 warmup_steps=0 max_wallclock_seconds=0 warmdown_iters=30 \
+                  val_loss_every=20 train_log_every=1";
+    let sets = common.split_whitespace().chain(own.split_whitespace()).flat_map(|set| ["--set", set]);
+    let words = ["train", recipe, "--data", "data", "--tokenizer", "byte", "--device", "cpu", "--out", out];
+    words.into_iter().chain(sets).chain(more.split_whitespace()).map(String::from).collect()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_hybrid_interrupted_and_resumed_is_the_uninterrupted_run_to_the_last_bit() {
+    let place = Place::with_data();
+    for (recipe, own) in HYBRIDS {
+        let [whole, cut] = ["whole", "cut"].map(|name| format!("{recipe}-{name}"));
+        place.run(hybrid(recipe, own, &whole, "--steps 60")).clean();
+        let mut running = Running::start(place.command().args(hybrid(recipe, own, &cut, "--steps 60")));
+        running.wait_for("step:10/");
+        running.interrupt(1);
+        let l = running.finish().fails(130, &["error: interrupted, step "]);
+        println!("{l}");
+        assert!(!place.path(&cut).join("final.safetensors").exists());
+        place.line(&format!("train --resume {cut} --device cpu")).clean();
+        let last = |run: &str, file: &str| place.read(Path::new(run).join(file));
+        assert!(
+            last(&whole, "final.safetensors") == last(&cut, "final.safetensors"),
+            "{recipe}: the same weights"
+        );
+        // Averages, momenta and moments too.
+        let state = |run: &str| tensors(&place.path(run).join("checkpoint/step_00000060.safetensors"));
+        let (a, b) = (state(&whole), state(&cut));
+        assert!(a == b, "{recipe}: the same state");
+        let count = |prefix: &str| a.keys().filter(|name| name.starts_with(prefix)).count();
+        assert!(count("average.0.") > 10 && count("muon.momentum.") > 5 && count("adam.v.") > 5, "{recipe}");
+        assert_eq!(count("muon.momentum2.") > 0, recipe == "pr1382", "two updates on two ranks");
+    }
+}
+
+#[test]
+fn a_hybrid_ends_with_its_averaged_weights_which_its_artifact_keeps() {
+    let bf16 = |value: f32| half::bf16::from_f32(value).to_f32();
+    let place = Place::with_data();
+    for (recipe, own) in HYBRIDS {
+        let report = place.run(hybrid(recipe, own, recipe, "--steps 40 --json")).json();
+        let first = number(&place.metrics(recipe)[1], "train_loss");
+        assert!(number(&report, "train_loss") < first - 0.5, "{recipe} learns: {first}, then {report}");
+        let last = tensors(&place.path(recipe).join("final.safetensors"));
+        let saved = tensors(&place.path(recipe).join("checkpoint/step_00000040.safetensors"));
+        let mut compared = 0;
+        for (name, (_, values)) in &last {
+            let Some((_, average)) = saved.get(&format!("average.0.{name}")) else { continue };
+            let same = |rounded: bool| {
+                values.iter().zip(average).all(|(v, a)| *v == if rounded { bf16(*a) } else { *a })
+            };
+            assert!(same(false) || same(true), "{name} of {recipe} is its average");
+            compared += 1;
+        }
+        assert!(compared > 10 && saved["tok_emb.weight"].1 != last["tok_emb.weight"].1, "{recipe}");
+
+        // The last validation is of those weights; scoring, from the run or from its artifact, finds the same.
+        let scored = place.line(&format!("eval {recipe} --data data --device cpu --json")).json();
+        assert!(
+            (number(&scored, "val_loss") - number(&report, "val_loss")).abs() < 1e-6,
+            "{recipe}: {scored}"
+        );
+        let artifact = format!("{recipe}.fairway");
+        place.line(&format!("export {recipe} --quant fp16 --out {artifact} --json")).json();
+        let packed = place.line(&format!("eval {artifact} --data data --device cpu --json")).json();
+        let moved = number(&packed, "val_loss") - number(&scored, "val_loss");
+        // Ternary codes may flip where a weight is rounded to fp16.
+        assert!(moved.abs() < 5e-3, "{recipe}: {moved}");
+        for what in [recipe, &artifact] {
+            let inspected = place.line(&format!("inspect {what} --json")).json();
+            assert_eq!(inspected["params"].as_u64(), Some(last.values().map(|(_, v)| v.len() as u64).sum()));
+        }
+        place.line(&format!("sample {artifact} --prompt the --tokens 20 --device cpu --json")).json();
+    }
+    // The recurrence that began in the middle is on in the artifact, and off in that of a run which never reached it.
+    let log = place.read_text("pr1607/train.log");
+    assert!(
+        log.contains("depth_recurrence:enabled at step 20 frac=0.50 schedule=[0, 1, 2, 1, 2, 1, 2, 3]"),
+        "{log}"
+    );
+    let starts = |what: &str| {
+        number(&place.line(&format!("inspect {what} --json")).json()["recipe"], "recur_start_frac")
+    };
+    assert_eq!(starts("pr1607.fairway"), 0.0);
+    let (recipe, own) = HYBRIDS[1];
+    place.run(hybrid(recipe, &format!("{own} recur_start_frac=1"), "never", "--steps 3")).clean();
+    place.line("export never --quant fp16 --out never.fairway --json").json();
+    assert_eq!(starts("never.fairway"), 1.0);
+}
