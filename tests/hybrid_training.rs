@@ -285,8 +285,11 @@ fn a_double_update_is_two_updates_from_one_gradient() {
     assert_close(&values(param.value::<2>()), &values(second), 1e-14);
 }
 
-/// The parameters' values before and after one step with a fresh optimizer.
-fn stepped(recipe: &Recipe) -> (Model<Cpu>, Vec<(String, Vec<f64>, Vec<f64>)>) {
+/// A parameter's name, and its values before and after a step.
+type Moved = (String, Vec<f64>, Vec<f64>);
+
+/// A model after one step with a fresh optimizer.
+fn stepped(recipe: &Recipe) -> (Model<Cpu>, Vec<Moved>) {
     let model = built(recipe);
     let names: Vec<String> = model.params().iter().map(|param| param.name().to_string()).collect();
     let before: Vec<Vec<f64>> = names.iter().map(|name| get(&model, name)).collect();
