@@ -379,6 +379,7 @@ fn recipes_of_the_hybrids() {
         ("pr1382", "mamba_layers=0-18", &["mamba_layers names layer 18", "num_layers = 18"]),
         ("pr1382", "mamba_layers=3-1", &["mamba_layers = 3-1", "--set"]),
         ("pr1382", "mamba_layers=1,1", &["mamba_layers = 1,1", "ascending"]),
+        ("pr1382", "ve_enabled=1 ve_layers=9,18", &["ve_layers names layer 18", "num_layers = 18"]),
         ("pr1607", "attn_placement=9", &["attn_placement names layer 9", "num_layers = 8"]),
         ("pr1607", "attn_placement=middle", &["attn_placement = middle", "even, first, last, nemotron"]),
         ("pr1607", "num_attn_layers=9", &["num_attn_layers = 9", "num_layers = 8"]),

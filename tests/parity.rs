@@ -107,9 +107,9 @@ impl Job for Parity {
 
 /// The rows that failed, without the byte table's where there are no tokenizer models.
 ///
-/// The losses of PR #1607's float32 run are within seven times what the entry allows: Newton-Schulz in bfloat16 turns the
-/// last bit of any float32 sum into some hundredths of loss within four steps (changes of the start by 1e-7 move it by
-/// 0.04; without that rounding the same run in float32 is within 1e-5).
+/// The losses of PR #1607's float32 run are held to 0.1, seven times what the entry allows: PyTorch's own run in f64 ends
+/// 0.0475 away from the entry, and with Newton-Schulz in bfloat16 changes of the start by 1e-7 move the loss of the fifth
+/// step by 0.04. Without that rounding the run in float32 is within 2e-5 of the f64 entry.
 fn failures(report: &Report) -> Vec<&Row> {
     let excused = |row: &Row| match row.fixture.as_str() {
         "chal_bpb_luts_sp1024" => shared("tokenizers").is_none(),

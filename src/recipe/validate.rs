@@ -166,6 +166,9 @@ impl Recipe {
 
     fn validate_pr1382(&self) -> Result<()> {
         self.has_layers("mamba_layers", &self.mamba_layers, self.num_layers, "num_layers")?;
+        if self.ve_enabled {
+            self.has_layers("ve_layers", &self.ve_layers, self.num_layers, "num_layers")?;
+        }
         self.has_taps("mamba_d_conv", self.mamba_d_conv)?;
         if self.mamba_expand * (self.model_dim as f64) < 1.0 {
             let what = format!("mamba_expand = {}", self.mamba_expand);

@@ -257,5 +257,23 @@ pub fn write(path: &Path, tensors: &[&HostTensor], metadata: BTreeMap<String, St
     let bytes = views
         .and_then(|views| safetensors::serialize(views, Some(metadata)))
         .map_err(|error| Error::failed(error, path.display(), "tensors that safetensors can hold"))?;
-    files::write_atomic(path, &bytes)
+    files::write_atomic(path, &in_order(bytes))
+}
+
+/// The same file with the keys of its header in order: safetensors takes the metadata as a hash map, whose order is
+/// another in each run.
+fn in_order(mut file: Vec<u8>) -> Vec<u8> {
+    let Some((start, rest)) = file.split_first_chunk_mut::<8>() else { return file };
+    let len = u64::from_le_bytes(*start) as usize;
+    // A map of `serde_json` is sorted; the text has as many bytes in any order.
+    if let Some(header) = rest.get_mut(..len)
+        && let Ok(keys) =
+            serde_json::from_slice::<BTreeMap<String, BTreeMap<String, serde_json::Value>>>(header)
+        && let Ok(text) = serde_json::to_string(&keys)
+        && text.len() <= len
+    {
+        header.fill(b' ');
+        header[..text.len()].copy_from_slice(text.as_bytes());
+    }
+    file
 }
