@@ -13,6 +13,7 @@ use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target, run};
 use fairway::ops::cross_entropy::softcap;
+use fairway::ops::hash::Hash;
 use fairway::ops::rope::{RopeTable, rotate};
 use fairway::ops::*;
 use fairway::optim::round_bf16;
@@ -440,6 +441,42 @@ fn reciprocals_are_rounded_correctly_on_every_device() {
         for (value, found) in values.iter().zip(found) {
             let error = (found * value - 1.0).abs();
             assert!(error <= bound + f64::EPSILON, "1/{value:e} = {found:e} on {}: {error:e}", target.label);
+        }
+    }
+}
+
+/// The rows of pairs of tokens, and of the same pairs by the other hash.
+struct Hashes(Vec<[i64; 2]>, usize);
+
+impl Job for Hashes {
+    type Output = [Vec<i64>; 2];
+
+    fn run<B: Plain>(self, device: &B::Device, _: &Target) -> Result<[Vec<i64>; 2]> {
+        let count = self.0.len();
+        let ids = integers::<B>(self.0.as_flattened(), device).reshape([count, 2]);
+        Ok([Hash::Product, Hash::Xor].map(|hash| {
+            let rows = hash.buckets(ids.clone(), None, 0, self.1, false).narrow(1, 1, 1);
+            rows.into_data().convert::<i64>().to_vec().expect("rows")
+        }))
+    }
+}
+
+#[test]
+fn hashed_pairs_are_exact_on_every_device() {
+    for target in targets() {
+        for n in [31, 256, 4095, 4096, 10_240, 1 << 22] {
+            // Every pair next to a multiple of n, where a remainder through f32 leaves the table.
+            let next_to = |p: i64| [0, n - 1].map(|wanted| [p, (wanted - 92_821 * p).rem_euclid(n)]);
+            let mut pairs: Vec<[i64; 2]> =
+                (0..2048).flat_map(next_to).filter(|pair| pair[1] < 65_536).collect();
+            pairs.extend([[65_535, 65_535], [960, 319], [949, 416], [181, 34], [0, 0]]);
+            let products: Vec<i64> = pairs.iter().map(|[p, own]| (92_821 * p + own) % n).collect();
+            let word = |token: i64, factor: i32| (token as i32).wrapping_mul(factor);
+            let xor =
+                |[p, own]: &[i64; 2]| i64::from(word(*own, 36_313) ^ word(*p, 27_191)).rem_euclid(n - 1);
+            let xors: Vec<i64> = pairs.iter().map(xor).collect();
+            let found = run(&target, Hashes(pairs, n as usize)).expect("a run");
+            assert_eq!(found, [products, xors], "{n} rows on {} in {}", target.label, target.precision);
         }
     }
 }

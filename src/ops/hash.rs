@@ -60,8 +60,15 @@ fn product<B: Backend>(ids: Tensor<B, 2, Int>, buckets: usize) -> Tensor<B, 2, I
     // 92821 p mod n from the two bytes of p: (92821 high mod n) 256 + 92821 low stays below 2^31 for n up to 2^22.
     let high = previous.clone().div_scalar(256);
     let low = previous - high.clone().mul_scalar(256);
-    let high = high.mul_scalar(92_821).remainder_scalar(n).mul_scalar(256).remainder_scalar(n);
-    (high + low.mul_scalar(92_821) + ids).remainder_scalar(n)
+    let high = modulo(modulo(high.mul_scalar(92_821), n).mul_scalar(256), n);
+    modulo(high + low.mul_scalar(92_821) + ids, n)
+}
+
+/// `x mod n` with the sign of `x`, by a whole-number division: GPUs take Burn's remainder through f32, which from 2^24 on
+/// gives -1 or `n` for some multiples' neighbours.
+fn modulo<B: Backend>(x: Tensor<B, 2, Int>, n: i64) -> Tensor<B, 2, Int> {
+    let whole = x.clone().div_scalar(n).mul_scalar(n);
+    x - whole
 }
 
 /// The value that 32-bit arithmetic has for a product.
@@ -84,8 +91,7 @@ fn xor<B: Backend>(ids: Tensor<B, 2, Int>, first: usize, buckets: usize, triple:
     if triple {
         hash = hash.bitwise_xor(term(2, 51_497));
     }
-    // Not every device's remainder of a negative number has the divisor's sign.
-    let hash = hash.remainder_scalar(n).add_scalar(n).remainder_scalar(n);
+    let hash = modulo(modulo(hash, n).add_scalar(n), n);
     let needed = if triple { 2usize } else { 1 };
     let lacking = needed.saturating_sub(first).min(time);
     if lacking == 0 {
