@@ -43,7 +43,7 @@ impl Hash {
     }
 }
 
-/// `ids` one place later, `first` in the first place.
+/// `ids` that many places later, zeros in the first ones.
 fn shifted<B: Backend>(ids: &Tensor<B, 2, Int>, places: usize) -> Tensor<B, 2, Int> {
     let [batch, time] = ids.dims();
     let places = places.min(time);

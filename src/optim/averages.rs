@@ -56,9 +56,7 @@ impl Averaging {
             _ => Self::Nothing,
         }
     }
-}
 
-impl Averaging {
     /// The largest number that a row of its state has.
     pub fn last_row(self) -> usize {
         match self {

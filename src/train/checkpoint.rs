@@ -1,8 +1,8 @@
 //! Checkpoints: everything that a run needs to go on bit for bit, as one safetensors file a step.
 //!
 //! `DIR/checkpoint/step_00000100.safetensors` holds the parameters by their own names, the optimizers' state by
-//! `adam.m.`, `adam.v.`, `muon.momentum.` and `average.N.` before the names, and in its metadata the step, the stream's position, the
-//! training time, the recipe and the data.
+//! `adam.m.`, `adam.v.`, `muon.momentum.` and `average.N.` before the names, and in its metadata the step, the stream's
+//! position, the training time, the recipe and the data.
 
 use super::tensors_file::{self, TensorsFile};
 use crate::data::folder::{DataFolder, Split};
