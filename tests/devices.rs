@@ -409,7 +409,7 @@ fn tensor_maps(device: &cubecl::cuda::CudaDevice) {
             block: 128,
             shared_bytes: 2 * tile[0] * tile[1],
         };
-        let map = TensorMap { tensor: &input, shape: vec![rows, columns], tile: tile.to_vec(), swizzle };
+        let map = TensorMap::dense(&input, &[rows, columns], &tile, swizzle);
         let arguments = Arguments { maps: &[map], buffers: &[&output], scalars: &[columns as u64] };
         launch(kernel, [(columns / tile[1]) as u32, (rows / tile[0]) as u32, 1], arguments);
         assert!(download::<Cuda>(tensor(output)) == x, "tiles of {tile:?}, {swizzle:?}");

@@ -78,7 +78,7 @@ fn is_aligned(x: &CubeTensor<CudaRuntime>, columns: usize) -> bool {
 }
 
 fn map(tensor: &CubeTensor<CudaRuntime>, shape: [usize; 3], tile: [usize; 3]) -> TensorMap<'_> {
-    TensorMap { tensor, shape: shape.to_vec(), tile: tile.to_vec(), swizzle: TensorMapSwizzle::B128 }
+    TensorMap::dense(tensor, &shape, &tile, TensorMapSwizzle::B128)
 }
 
 /// The width of a tile and the number of parts of k, from a cost fitted to measured shapes (README, the kernel table):

@@ -145,31 +145,44 @@ impl CubeTask<CudaCompiler> for Task {
 /// A tensor that the copy engine (TMA) reads or writes in boxes.
 #[derive(Debug)]
 pub struct TensorMap<'a> {
-    /// A dense tensor; its elements, in order, are those of the map.
+    /// What holds the elements; the map begins at its first.
     pub tensor: &'a CubeTensor<CudaRuntime>,
-    /// Sizes, outermost first; a row of the last one takes a multiple of 16 bytes.
+    /// Sizes, outermost first.
     pub shape: Vec<usize>,
+    /// From one element to the next along each size, in elements: multiples of 16 bytes, but for the last, which is 1.
+    pub strides: Vec<usize>,
     /// Sizes of a box, at most 256 each; a row of it takes at most the swizzle's span.
     pub tile: Vec<usize>,
     /// How a box lies in shared memory.
     pub swizzle: TensorMapSwizzle,
 }
 
-impl TensorMap<'_> {
+impl<'a> TensorMap<'a> {
+    /// A map over a dense tensor: its elements, in order, in the given sizes.
+    pub fn dense(
+        tensor: &'a CubeTensor<CudaRuntime>,
+        shape: &[usize],
+        tile: &[usize],
+        swizzle: TensorMapSwizzle,
+    ) -> Self {
+        let strides = (1..=shape.len()).map(|from| shape[from..].iter().product()).collect();
+        Self { tensor, shape: shape.to_vec(), strides, tile: tile.to_vec(), swizzle }
+    }
+
     fn binding(&self) -> TensorMapBinding {
-        let row_bytes = self.shape.last().copied().unwrap_or(0) * self.tensor.elem_size();
         let elements: usize = self.shape.iter().product();
         assert_eq!(elements, self.tensor.meta.num_elements(), "a tensor map over all of its tensor");
         assert_eq!(self.shape.len(), self.tile.len(), "a box of the tensor's rank");
+        let (last, outer) = self.strides.split_last().expect("a tensor map has sizes");
+        let aligned = |stride: &usize| (stride * self.tensor.elem_size()).is_multiple_of(16);
         assert!(
-            row_bytes.is_multiple_of(16),
-            "a tensor map's rows of {row_bytes} bytes, expected a multiple of 16"
+            *last == 1 && outer.iter().all(aligned),
+            "a tensor map's strides {:?}, expected multiples of 16 bytes",
+            self.strides
         );
-        let strides: Vec<usize> =
-            (1..=self.shape.len()).map(|from| self.shape[from..].iter().product()).collect();
         let meta = TensorMapMeta {
             format: TensorMapFormat::Tiled(TiledArgs { tile_size: self.tile.clone().into() }),
-            metadata: Metadata::new(self.shape.clone(), strides),
+            metadata: Metadata::new(self.shape.clone(), self.strides.clone()),
             elem_stride: vec![1usize; self.shape.len()].into(),
             interleave: TensorMapInterleave::None,
             swizzle: self.swizzle,
@@ -202,8 +215,7 @@ pub fn float_word(value: f32) -> u64 {
 /// Errors of the launch and the kernel's compilation come up at the next synchronisation ([`super::guard()`] turns
 /// them into one line).
 pub fn launch(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
-    let tensors = arguments.maps.iter().map(|map| map.tensor).chain(arguments.buffers.iter().copied());
-    debug_assert!({ tensors }.all(|tensor| tensor.is_contiguous()), "{}", kernel.entry);
+    debug_assert!(arguments.buffers.iter().all(|tensor| tensor.is_contiguous()), "{}", kernel.entry);
     launch_strided(kernel, grid, arguments);
 }
 

@@ -7,13 +7,13 @@ use burn_autodiff::checkpoint::strategy::NoCheckpointing;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A float tensor of any rank, as Burn's backends hold it.
 type Primitive<B> = <B as burn::tensor::backend::BackendTypes>::FloatTensorPrimitive;
 
-/// From the output's gradient to one gradient per parent.
-type Step<B, const N: usize> = dyn Fn(Primitive<B>) -> [Primitive<B>; N] + Send + Sync;
+/// From the output's gradient to one gradient per parent; none where nothing is to be added to a parent's.
+type Step<B, const N: usize> = dyn Fn(Primitive<B>) -> [Option<Primitive<B>>; N] + Send + Sync;
 
 struct Closure<B: Plain, const N: usize>(Arc<Step<B, N>>);
 
@@ -39,7 +39,7 @@ impl<B: Plain, const N: usize> Backward<B, N> for Node {
         let grad = grads.consume::<B>(&ops.node);
         let grads_of_parents = (ops.state.0)(grad);
         for (parent, grad) in ops.parents.into_iter().zip(grads_of_parents) {
-            if let Some(parent) = parent {
+            if let (Some(parent), Some(grad)) = (parent, grad) {
                 grads.register::<B>(parent.id, grad);
             }
         }
@@ -62,13 +62,51 @@ pub(super) fn record<B: Plain, const O: usize, const N: usize>(
     output: Tensor<B, O>,
     backward: impl Fn(Tensor<B, O>) -> [Primitive<B>; N] + Send + Sync + 'static,
 ) -> Tensor<Autodiff<B>, O> {
-    let output = primitive(output);
+    tensor(node(parents, primitive(output), move |grad| backward(tensor(grad)).map(Some)))
+}
+
+fn node<B: Plain, const N: usize>(
+    parents: [Primitive<Autodiff<B>>; N],
+    output: Primitive<B>,
+    backward: impl Fn(Primitive<B>) -> [Option<Primitive<B>>; N] + Send + Sync + 'static,
+) -> Primitive<Autodiff<B>> {
     let nodes = parents.each_ref().map(|parent| parent.node.clone());
     let prepared =
         <Node as Backward<B, N>>::prepare::<NoCheckpointing>(Node, nodes).compute_bound().stateful();
-    tensor(match prepared {
-        OpsKind::Tracked(prep) => prep.finish(Closure(Arc::new(move |grad| backward(tensor(grad)))), output),
+    match prepared {
+        OpsKind::Tracked(prep) => prep.finish(Closure(Arc::new(backward)), output),
         OpsKind::UnTracked(prep) => prep.finish(output),
+    }
+}
+
+/// Records several `outputs` as computed together from `parents`: `backward` is called once, with the gradient of each
+/// output that anything has used.
+///
+/// Each output is a node under one hub, which the tape reaches after all of them: they leave their gradients beside the
+/// tape, and the first of them calls the hub.
+pub(super) fn record_many<B: Plain, const N: usize, const M: usize>(
+    parents: [Primitive<Autodiff<B>>; N],
+    outputs: [Primitive<B>; M],
+    backward: impl Fn([Option<Primitive<B>>; M]) -> [Option<Primitive<B>>; N] + Send + Sync + 'static,
+) -> [Primitive<Autodiff<B>>; M] {
+    let grads: Arc<Mutex<[Option<Primitive<B>>; M]>> = Arc::new(Mutex::new(std::array::from_fn(|_| None)));
+    let left = grads.clone();
+    // The hub's own output and gradient are never looked at.
+    let hub = node(parents, outputs[0].clone(), move |call| {
+        drop(call);
+        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+        backward(left.each_mut().map(Option::take))
+    });
+    let mut index = 0;
+    outputs.map(|output| {
+        let (place, grads) = (index, grads.clone());
+        index += 1;
+        node([hub.clone()], output, move |grad| {
+            let mut grads = grads.lock().unwrap_or_else(PoisonError::into_inner);
+            let first = grads.iter().all(Option::is_none);
+            grads[place] = Some(grad.clone());
+            [first.then_some(grad)]
+        })
     })
 }
 
@@ -95,4 +133,59 @@ pub(super) fn rooted<B: Plain, const O: usize>(
         backward(grad);
         [primitive(leaf.clone())]
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use burn::tensor::TensorData;
+
+    type Tracked = Tensor<Autodiff<Cpu>, 1>;
+
+    /// `(2 x, 3 x)`, whose backward counts its calls and the gradients that it gets.
+    fn twice_and_thrice(x: Tracked, seen: Arc<Mutex<Vec<[bool; 2]>>>) -> [Tracked; 2] {
+        let x = primitive(x);
+        let plain: Tensor<Cpu, 1> = tensor(x.primitive.clone());
+        let outputs = [2.0, 3.0].map(|factor| primitive(plain.clone().mul_scalar(factor)));
+        record_many([x], outputs, move |grads: [Option<Primitive<Cpu>>; 2]| {
+            seen.lock().unwrap().push(grads.each_ref().map(Option::is_some));
+            let parts = grads
+                .into_iter()
+                .zip([2.0, 3.0])
+                .filter_map(|(grad, factor)| Some(tensor::<Cpu, 1>(grad?).mul_scalar(factor)));
+            [parts.reduce(|a, b| a + b).map(primitive)]
+        })
+        .map(tensor)
+    }
+
+    fn gradient(loss: impl Fn([Tracked; 2], Tracked) -> Tracked) -> (Vec<f64>, Vec<[bool; 2]>) {
+        let device = Default::default();
+        let leaf = Tensor::<Cpu, 1>::from_data(TensorData::new(vec![1.0f32, -2.0], [2]), &device);
+        let x = Tracked::from_inner(leaf).require_grad();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let outputs = twice_and_thrice(x.clone(), seen.clone());
+        let grads = loss(outputs, x.clone()).sum().backward();
+        let grad = x.grad(&grads).unwrap().into_data().iter::<f64>().collect();
+        let seen = seen.lock().unwrap().clone();
+        (grad, seen)
+    }
+
+    #[test]
+    fn outputs_recorded_together_have_one_backward() {
+        // Both; both and the input; one; one that the other follows from.
+        assert_eq!(gradient(|[a, b], _| a * b), (vec![12.0, -24.0], vec![[true, true]]));
+        assert_eq!(gradient(|[a, b], x| a * x + b), (vec![4.0 + 3.0, -8.0 + 3.0], vec![[true, true]]));
+        assert_eq!(gradient(|[_, b], _| b.clone() * b), (vec![18.0, -36.0], vec![[false, true]]));
+        assert_eq!(gradient(|[a, _], _| a), (vec![2.0, 2.0], vec![[true, false]]));
+    }
+
+    #[test]
+    fn outputs_of_constants_are_constants() {
+        let device = Default::default();
+        let x = Tracked::from_inner(Tensor::<Cpu, 1>::ones([2], &device));
+        let [a, b] = twice_and_thrice(x, Arc::default());
+        assert!(!a.is_require_grad() && !b.is_require_grad());
+        assert_eq!(b.into_data().iter::<f64>().collect::<Vec<_>>(), [3.0, 3.0]);
+    }
 }
