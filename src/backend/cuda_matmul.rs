@@ -166,7 +166,8 @@ pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, 
         };
         let chunk = 128 / out.elem_size();
         let maps = [a.map(), b.map(), map(&out, [z * parts, m, n], [1, 16, chunk])];
-        let arguments = Arguments { maps: &maps, scalars: &sizes, ..Default::default() };
+        let operations = 2.0 * (m * n) as f64 * (k * z) as f64;
+        let arguments = Arguments { maps: &maps, scalars: &sizes, operations, ..Default::default() };
         launch(kernel, [tiles.min(multiprocessors) as u32, 1, 1], arguments);
     } else {
         let kernel =

@@ -4,7 +4,7 @@
 //! cubecl appends to one file without a lock and notes neither GPU nor driver, so each architecture and driver has its
 //! own folders, and a process takes the first of them that no other one holds.
 
-use super::probe_cuda;
+use super::{probe_cuda, profile};
 use cubecl::config::cache::CacheConfig;
 use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 use std::fs::{self, File};
@@ -23,6 +23,7 @@ pub(super) fn configure() {
         let mut config = CubeClRuntimeConfig::default().override_from_env();
         let slot = architecture().and_then(|architecture| slot(&folder()?, &architecture));
         config.compilation.cache = slot.map(CacheConfig::File);
+        profile::configure(&mut config);
         let mut storage = CubeClRuntimeConfig::storage().lock();
         if storage.is_none() {
             *storage = Some(std::sync::Arc::new(config));

@@ -11,6 +11,7 @@
 //! The launch constants become `#define`s in front of the source. Each set of their values is a kernel of its own,
 //! compiled once, so they are for what takes few values; what varies from call to call is a scalar.
 
+use super::profile;
 use super::source::Source;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::{CudaCompiler, CudaRuntime};
@@ -203,6 +204,8 @@ pub struct Arguments<'a> {
     pub buffers: &'a [&'a CubeTensor<CudaRuntime>],
     /// The words of the scalars' struct: integers, or [`float_word`].
     pub scalars: &'a [u64],
+    /// Arithmetic operations, where they and not the bytes bound the time: for profiles.
+    pub operations: f64,
 }
 
 /// A float as a word of the scalars' struct: its bits in the lower half.
@@ -221,10 +224,17 @@ pub fn launch(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
 
 /// [`launch`] with buffers of any layout, for kernels that are told the strides.
 pub fn launch_strided(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
-    let Arguments { maps, buffers, scalars } = arguments;
-    let mut tensors = maps.iter().map(|map| map.tensor).chain(buffers.iter().copied());
-    let Some(first) = tensors.next().filter(|_| !grid.contains(&0)) else { return };
-    debug_assert!(tensors.all(|t| t.device == first.device), "{}", kernel.entry);
+    let Arguments { maps, buffers, scalars, operations } = arguments;
+    let tensors = || maps.iter().map(|map| map.tensor).chain(buffers.iter().copied());
+    let Some(first) = tensors().next().filter(|_| !grid.contains(&0)) else { return };
+    debug_assert!(tensors().all(|t| t.device == first.device), "{}", kernel.entry);
+    let shape = |t: &CubeTensor<CudaRuntime>| format!("{:?}", t.meta.shape().iter().collect::<Vec<_>>());
+    profile::note(
+        kernel.entry,
+        || tensors().map(shape).collect::<Vec<_>>().join(" "),
+        || tensors().map(|t| (t.meta.num_elements() * t.elem_size()) as f64).sum(),
+        operations,
+    );
     // With nothing "dynamic" after them, all words arrive as one struct by value.
     let words = MetadataBindingInfo::new(scalars.to_vec(), scalars.len());
     let bindings = KernelArguments::new()

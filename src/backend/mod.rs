@@ -6,6 +6,7 @@ pub mod device;
 pub mod guard;
 pub mod launch_cuda;
 pub mod launch_wgsl;
+pub mod profile;
 pub mod source;
 pub mod tensor;
 pub mod wgpu;

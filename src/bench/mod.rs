@@ -1,6 +1,7 @@
 //! Timings: medians after warm-up, with the floor beside each.
 
 pub mod ops;
+pub mod profile;
 pub mod step;
 
 use crate::error::Result;

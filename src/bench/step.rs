@@ -10,41 +10,81 @@ use crate::train::step::{Span, Trainer};
 use burn::tensor::DType;
 use rand::Rng;
 
-/// Times one optimizer step, and its forward and backward alone, in micro-batches of at most `micro_batch` tokens.
+/// A model in training and the spans of one step.
+pub(super) struct Bench<P: Plain> {
+    trainer: Trainer<P>,
+    spans: Vec<Span>,
+    momentum: f64,
+}
+
+impl<P: Plain> Bench<P> {
+    /// The recipe's, in micro-batches of at most `micro_batch` tokens.
+    pub(super) fn new(recipe: &Recipe, micro_batch: usize, device: &P::Device, dtype: DType) -> Result<Self> {
+        let model = Model::<P>::new(recipe, device, dtype)?;
+        let seq_len = recipe.train_seq_len;
+        let micro_sequences = (micro_batch.min(recipe.span_tokens()) / seq_len).max(1);
+        let trainer = Trainer::new(model, recipe, micro_sequences);
+        let mut rng = init::generator(recipe.seed, "bench");
+        let mut tokens = |n: usize| -> Vec<u16> {
+            (0..n).map(|_| rng.random_range(0..recipe.vocab_size as u32) as u16).collect()
+        };
+        let spans = (0..recipe.grad_accum_steps)
+            .map(|_| (tokens(recipe.span_tokens()), tokens(recipe.span_tokens())))
+            .collect();
+        Ok(Self { trainer, spans, momentum: schedule::muon_momentum(recipe, 0) })
+    }
+
+    /// Forwards and backwards of a step.
+    fn micro_batches(&self) -> usize {
+        let micro_batch = self.trainer.micro_sequences * self.trainer.seq_len;
+        self.spans.iter().map(|(inputs, _)| inputs.len().div_ceil(micro_batch)).sum()
+    }
+
+    /// The gradients of one step.
+    fn accumulate(&self) -> Result<()> {
+        self.trainer.model.params().clear_grads();
+        self.trainer.accumulate(&self.spans).map(drop)
+    }
+
+    /// One optimizer step.
+    pub(super) fn step(&mut self) -> Result<()> {
+        self.trainer.step(&self.spans, 1.0, self.momentum, 1).map(drop)
+    }
+}
+
+/// Times one optimizer step, and its forward and backward alone, in micro-batches of at most `micro_batch` tokens; and
+/// the same step over one sequence a micro-batch, which the host's queueing bounds.
 pub fn run<P: Plain>(
     recipe: &Recipe,
     micro_batch: usize,
     device: &P::Device,
     dtype: DType,
 ) -> Result<Vec<Row>> {
-    let model = Model::<P>::new(recipe, device, dtype)?;
-    let seq_len = recipe.train_seq_len;
-    let micro_sequences = (micro_batch.min(recipe.span_tokens()) / seq_len).max(1);
-    let mut trainer = Trainer::new(model, recipe, micro_sequences);
-    let mut rng = init::generator(recipe.seed, "bench");
-    let mut tokens = |n: usize| -> Vec<u16> {
-        (0..n).map(|_| rng.random_range(0..recipe.vocab_size as u32) as u16).collect()
-    };
-    let spans: Vec<Span> = (0..recipe.grad_accum_steps)
-        .map(|_| (tokens(recipe.span_tokens()), tokens(recipe.span_tokens())))
-        .collect();
+    let mut bench = Bench::<P>::new(recipe, micro_batch, device, dtype)?;
     // 6 operations a weight and token; attention 6 x layers x time x width a token (causal, forward and backward).
-    let per_token = 6.0 * trainer.model.params().numel() as f64
+    let per_token = 6.0 * bench.trainer.model.params().numel() as f64
         + (6 * recipe.num_layers * recipe.train_seq_len * recipe.model_dim) as f64;
-    let operations = per_token * recipe.train_batch_tokens as f64;
-    let name = format!("{}, {} tokens", recipe.name, recipe.train_batch_tokens);
-    let row = |what: String, ms: f64| Row {
-        what,
-        ms,
-        floor_ms: None,
-        tflops: Some(operations / ms / 1e9),
-        gbps: None,
+    let row = |what: String, ms: f64, tokens: usize| {
+        let tflops = Some(per_token * tokens as f64 / ms / 1e9);
+        Row { what, ms, floor_ms: None, tflops, gbps: None }
     };
-    let accumulate = median_ms::<P>(device, || {
-        trainer.model.params().clear_grads();
-        trainer.accumulate(&spans).map(drop)
-    })?;
-    let momentum = schedule::muon_momentum(recipe, 0);
-    let step = median_ms::<P>(device, || trainer.step(&spans, 1.0, momentum, 1).map(drop))?;
-    Ok(vec![row(format!("forward and backward of {name}"), accumulate), row(format!("step of {name}"), step)])
+    let tokens = recipe.train_batch_tokens;
+    let name = format!("{}, {tokens} tokens", recipe.name);
+    let accumulate = median_ms::<P>(device, || bench.accumulate())?;
+    let step = median_ms::<P>(device, || bench.step())?;
+    let mut rows = vec![
+        row(format!("forward and backward of {name}"), accumulate, tokens),
+        row(format!("step of {name}"), step, tokens),
+    ];
+    let mut short = recipe.clone();
+    let micro_batches = bench.micro_batches();
+    short.train_batch_tokens = micro_batches * recipe.train_seq_len;
+    short.grad_accum_steps = micro_batches;
+    if short.train_batch_tokens < tokens {
+        let mut bench = Bench::<P>::new(&short, recipe.train_seq_len, device, dtype)?;
+        let ms = median_ms::<P>(device, || bench.step())?;
+        let what = format!("step of {}, {} tokens (host)", recipe.name, short.train_batch_tokens);
+        rows.push(row(what, ms, short.train_batch_tokens));
+    }
+    Ok(rows)
 }

@@ -3,8 +3,9 @@
 use super::args::DeviceArgs;
 use super::output;
 use crate::backend::{self, DeviceChoice, Job, Target};
+use crate::bench::profile::Kernel;
 use crate::bench::{self, Row};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::Plain;
 use crate::recipe::Recipe;
 use clap::Subcommand;
@@ -32,7 +33,9 @@ enum What {
         device: DeviceArgs,
     },
     /// A training step of a recipe, on random tokens
-    #[command(after_help = "Example: fairway bench step tiny --device cpu")]
+    #[command(
+        after_help = "Examples:\n  fairway bench step tiny --device cpu\n  fairway bench step baseline --profile"
+    )]
     Step {
         /// A built-in recipe or a TOML file
         #[arg(default_value = "baseline")]
@@ -43,6 +46,9 @@ enum What {
         /// Tokens of one forward and backward at most
         #[arg(long, value_name = "TOKENS", default_value_t = usize::MAX, hide_default_value = true)]
         micro_batch: usize,
+        /// List the step's kernels instead: launches, time, floor; waits for the device after each launch
+        #[arg(long)]
+        profile: bool,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -56,41 +62,78 @@ pub fn run(args: Args) -> Result<()> {
         What::Ops { device, json, .. } | What::Step { device, json, .. } => (device, *json),
     };
     let target = device.target()?;
+    if let What::Step { profile: true, .. } = &args.what {
+        if target.choice == DeviceChoice::Cpu {
+            return Err(Error::input("--profile", "--device cpu", "a GPU, whose kernels it lists"));
+        }
+        backend::profile::begin();
+    }
     if !json {
         DeviceArgs::announce(&target);
     }
-    let rows = backend::guard(&target, || backend::run(&target, BenchJob(args.what)))?;
-    if json {
-        return output::json(&serde_json::json!({ "rows": rows }));
+    match backend::guard(&target, || backend::run(&target, BenchJob(args.what)))? {
+        Report::Rows(rows) if json => output::json(&serde_json::json!({ "rows": rows }))?,
+        Report::Kernels(kernels) if json => output::json(&serde_json::json!({ "kernels": kernels }))?,
+        Report::Rows(rows) => print_rows(&rows),
+        Report::Kernels(kernels) => print_kernels(&kernels),
     }
-    let number = |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.3}"));
+    Ok(())
+}
+
+fn number(value: Option<f64>) -> String {
+    value.map_or("-".to_string(), |value| format!("{value:.3}"))
+}
+
+fn print_rows(rows: &[Row]) {
     let cells = |row: &Row| {
         let ms = format!("{:.4}", row.ms);
         vec![row.what.clone(), ms, number(row.floor_ms), number(row.tflops), number(row.gbps)]
     };
     let cells: Vec<_> = rows.iter().map(cells).collect();
     output::table(&["what", "ms", "floor ms", "TFLOP/s", "GB/s"], &cells);
-    Ok(())
+}
+
+fn print_kernels(kernels: &[Kernel]) {
+    let cells = |kernel: &Kernel| {
+        let share = format!("{:.2}", 100.0 * kernel.share);
+        let ms = format!("{:.3}", kernel.ms);
+        let (floor, rate) = (number(kernel.floor_ms), number(kernel.tflops));
+        vec![kernel.what.clone(), kernel.launches.to_string(), ms, share, floor, rate]
+    };
+    let mut cells: Vec<_> = kernels.iter().map(cells).collect();
+    let launches: usize = kernels.iter().map(|kernel| kernel.launches).sum();
+    let ms = format!("{:.3}", kernels.iter().map(|kernel| kernel.ms).sum::<f64>());
+    cells.push(vec!["all".into(), launches.to_string(), ms, "100.00".into(), "-".into(), "-".into()]);
+    output::table(&["kernel", "launches", "ms", "share %", "floor ms", "TFLOP/s"], &cells);
+}
+
+enum Report {
+    Rows(Vec<Row>),
+    Kernels(Vec<Kernel>),
 }
 
 struct BenchJob(What);
 
 impl Job for BenchJob {
-    type Output = Vec<Row>;
+    type Output = Report;
 
-    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<Vec<Row>> {
+    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<Report> {
         let dtype = target.precision.dtype();
         match self.0 {
             What::Ops { rows, .. } => {
                 let on_cuda = matches!(target.choice, DeviceChoice::Cuda(_));
                 let rows = rows.map_or(if on_cuda { 65_536 } else { 4096 }, |rows| rows as usize);
-                bench::ops::run::<P>(device, dtype, rows)
+                bench::ops::run::<P>(device, dtype, rows).map(Report::Rows)
             }
-            What::Step { recipe, sets, micro_batch, .. } => {
+            What::Step { recipe, sets, micro_batch, profile, .. } => {
                 let mut recipe = Recipe::load(&recipe)?;
                 sets.iter().try_for_each(|assignment| recipe.set(assignment))?;
                 crate::model::check(&recipe)?;
-                bench::step::run::<P>(&recipe, micro_batch, device, dtype)
+                if profile {
+                    bench::profile::run::<P>(&recipe, micro_batch, device, dtype).map(Report::Kernels)
+                } else {
+                    bench::step::run::<P>(&recipe, micro_batch, device, dtype).map(Report::Rows)
+                }
             }
         }
     }
