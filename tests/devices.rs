@@ -410,7 +410,8 @@ fn tensor_maps(device: &cubecl::cuda::CudaDevice) {
             shared_bytes: 2 * tile[0] * tile[1],
         };
         let map = TensorMap::dense(&input, &[rows, columns], &tile, swizzle);
-        let arguments = Arguments { maps: &[map], buffers: &[&output], scalars: &[columns as u64] };
+        let arguments =
+            Arguments { maps: &[map], buffers: &[&output], scalars: &[columns as u64], ..Default::default() };
         launch(kernel, [(columns / tile[1]) as u32, (rows / tile[0]) as u32, 1], arguments);
         assert!(download::<Cuda>(tensor(output)) == x, "tiles of {tile:?}, {swizzle:?}");
     }
