@@ -1,12 +1,14 @@
 //! The named parameters of a model, and their way to and from host memory.
 
 use super::plan::{Bank, Plan};
+use super::spec::Spec;
 use crate::error::{Error, Result};
 use crate::host::{HostTensor, HostType};
 use crate::ops::{Param, Plain, accumulate_type};
 use crate::recipe::Recipe;
 use burn::tensor::{DType, Tensor, TensorData};
 use half::bf16;
+use rayon::prelude::*;
 use std::collections::HashMap;
 
 /// A model's parameters in their order.
@@ -26,18 +28,21 @@ type Reading<'a, P> = &'a dyn Fn(&Param<P>) -> Option<Tensor<P, 1>>;
 impl<P: Plain> Params<P> {
     /// The parameters of a plan at their initial values. Masters are f32 (f64 where the model computes in f64).
     pub fn init(plan: &Plan, recipe: &Recipe, device: &P::Device, compute_type: DType) -> Self {
-        let param = |spec: &super::spec::Spec| {
+        let host = |spec: &Spec| {
             let mut values = spec.init.values(recipe.seed, &spec.name, &spec.shape);
             if recipe.as_written && spec.bf16 {
                 values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
             }
-            let host = HostTensor::from_f32(&spec.name, &spec.shape, &values);
+            HostTensor::from_f32(&spec.name, &spec.shape, &values)
+        };
+        let hosts: Vec<HostTensor> = plan.specs.par_iter().map(host).collect();
+        let param = |(spec, host): (&Spec, HostTensor)| {
             let flat = from_host::<P>(&host, device, accumulate_type(compute_type));
             let param = Param::of_shape(&spec.name, &spec.shape, flat, compute_type);
             param.set_form(spec.form);
             param
         };
-        Self::of(plan.specs.iter().map(param).collect(), plan.banks.clone())
+        Self::of(plan.specs.iter().zip(hosts).map(param).collect(), plan.banks.clone())
     }
 
     /// Parameters of different names, and which of them are one tensor in host memory.
