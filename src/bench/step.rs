@@ -2,6 +2,7 @@
 
 use super::{Row, median_ms};
 use crate::error::Result;
+use crate::eval;
 use crate::model::{Model, init};
 use crate::ops::Plain;
 use crate::optim::schedule;
@@ -9,6 +10,7 @@ use crate::recipe::Recipe;
 use crate::train::step::{Span, Trainer};
 use burn::tensor::DType;
 use rand::Rng;
+use serde::Serialize;
 
 /// A model in training and the spans of one step.
 pub(super) struct Bench<P: Plain> {
@@ -52,15 +54,29 @@ impl<P: Plain> Bench<P> {
     }
 }
 
+/// The timings of a step and the device memory held for it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The timings.
+    pub rows: Vec<Row>,
+    /// Bytes held from the device after the first step and after all of them, where it can be told: equal, unless
+    /// later steps asked for more.
+    pub held: Option<[u64; 2]>,
+}
+
 /// Times one optimizer step, and its forward and backward alone, in micro-batches of at most `micro_batch` tokens; and
-/// the same step over one sequence a micro-batch, which the host's queueing bounds.
+/// the same step over one sequence a micro-batch, which the host's queueing bounds. `held` tells the bytes held.
 pub fn run<P: Plain>(
     recipe: &Recipe,
     micro_batch: usize,
     device: &P::Device,
     dtype: DType,
-) -> Result<Vec<Row>> {
+    held: &dyn Fn() -> Option<u64>,
+) -> Result<Report> {
     let mut bench = Bench::<P>::new(recipe, micro_batch, device, dtype)?;
+    bench.step()?;
+    eval::wait::<P>(device)?;
+    let first = held();
     // 6 operations a weight and token; attention 6 x layers x time x width a token (causal, forward and backward).
     let per_token = 6.0 * bench.trainer.model.params().numel() as f64
         + (6 * recipe.num_layers * recipe.train_seq_len * recipe.model_dim) as f64;
@@ -72,6 +88,7 @@ pub fn run<P: Plain>(
     let name = format!("{}, {tokens} tokens", recipe.name);
     let accumulate = median_ms::<P>(device, || bench.accumulate())?;
     let step = median_ms::<P>(device, || bench.step())?;
+    let last = held();
     let mut rows = vec![
         row(format!("forward and backward of {name}"), accumulate, tokens),
         row(format!("step of {name}"), step, tokens),
@@ -86,5 +103,5 @@ pub fn run<P: Plain>(
         let what = format!("step of {}, {} tokens (host)", recipe.name, short.train_batch_tokens);
         rows.push(row(what, ms, short.train_batch_tokens));
     }
-    Ok(rows)
+    Ok(Report { rows, held: first.zip(last).map(|(first, last)| [first, last]) })
 }

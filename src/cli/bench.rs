@@ -72,9 +72,17 @@ pub fn run(args: Args) -> Result<()> {
         DeviceArgs::announce(&target);
     }
     match backend::guard(&target, || backend::run(&target, BenchJob(args.what)))? {
-        Report::Rows(rows) if json => output::json(&serde_json::json!({ "rows": rows }))?,
+        Report::Ops(rows) if json => output::json(&serde_json::json!({ "rows": rows }))?,
+        Report::Step(report) if json => output::json(&report)?,
         Report::Kernels(kernels) if json => output::json(&serde_json::json!({ "kernels": kernels }))?,
-        Report::Rows(rows) => print_rows(&rows),
+        Report::Ops(rows) => print_rows(&rows),
+        Report::Step(report) => {
+            print_rows(&report.rows);
+            if let Some(held) = report.held {
+                let [first, last] = held.map(|bytes| bytes as f64 / (1 << 20) as f64);
+                output::line(format!("held after the first step {first:.0} MiB, after all {last:.0} MiB"));
+            }
+        }
         Report::Kernels(kernels) => print_kernels(&kernels),
     }
     Ok(())
@@ -108,7 +116,8 @@ fn print_kernels(kernels: &[Kernel]) {
 }
 
 enum Report {
-    Rows(Vec<Row>),
+    Ops(Vec<Row>),
+    Step(bench::step::Report),
     Kernels(Vec<Kernel>),
 }
 
@@ -123,7 +132,7 @@ impl Job for BenchJob {
             What::Ops { rows, .. } => {
                 let on_cuda = matches!(target.choice, DeviceChoice::Cuda(_));
                 let rows = rows.map_or(if on_cuda { 65_536 } else { 4096 }, |rows| rows as usize);
-                bench::ops::run::<P>(device, dtype, rows).map(Report::Rows)
+                bench::ops::run::<P>(device, dtype, rows).map(Report::Ops)
             }
             What::Step { recipe, sets, micro_batch, profile, .. } => {
                 let mut recipe = Recipe::load(&recipe)?;
@@ -132,7 +141,8 @@ impl Job for BenchJob {
                 if profile {
                     bench::profile::run::<P>(&recipe, micro_batch, device, dtype).map(Report::Kernels)
                 } else {
-                    bench::step::run::<P>(&recipe, micro_batch, device, dtype).map(Report::Rows)
+                    let held = || backend::memory_use(target).map(|memory| memory.reserved);
+                    bench::step::run::<P>(&recipe, micro_batch, device, dtype, &held).map(Report::Step)
                 }
             }
         }
