@@ -107,9 +107,10 @@ impl Job for Parity {
 
 /// The rows that failed, without the byte table's where there are no tokenizer models.
 ///
-/// The losses of PR #1607's float32 run are held to 0.1, seven times what the entry allows: PyTorch's own run in f64 ends
-/// 0.0475 away from the entry, and with Newton-Schulz in bfloat16 changes of the start by 1e-7 move the loss of the fifth
-/// step by 0.04. Without that rounding the run in float32 is within 2e-5 of the f64 entry.
+/// The losses of PR #1607's float32 run are held to 0.1, seven times what the entry allows: with Newton-Schulz in bfloat16
+/// a change of the start by 1e-7 is another run. PyTorch's own runs of the entry from 250 such starts end between 3.994
+/// and 4.104 (mean 4.051; the entry, one of the lowest, at 4.006), ours on the CPU from as many between 4.009 and 4.094
+/// (mean 4.052). Without that rounding the run in float32 is within 2e-5 of the f64 entry.
 fn failures(report: &Report) -> Vec<&Row> {
     let excused = |row: &Row| match row.fixture.as_str() {
         "chal_bpb_luts_sp1024" => shared("tokenizers").is_none(),
