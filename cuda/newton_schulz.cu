@@ -1,8 +1,8 @@
 // The elementwise steps of Newton-Schulz's iteration on n matrices at once (src/ops/newton_schulz.rs); its products are
 // cuda/matmul.cu's.
 //
-//   newton_schulz_squares    sums[z, p] = sum of x^2 over the p-th part of x[z]
-//   newton_schulz_normalise  y[z] = x[z] / (sqrt(sum over p of sums[z, p]) + eps)
+//   newton_schulz_squares    sums[z, p] = sum of round(x)^2 over the p-th part of x[z]
+//   newton_schulz_normalise  y[z] = round(x[z]) / (sqrt(sum over p of sums[z, p]) + eps)
 //   newton_schulz_scale      y = w x
 //   newton_schulz_combine    y = w x + v
 //
@@ -43,7 +43,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (u64 i = ((u64)blockIdx.x * THREADS + threadIdx.x) * WIDTH; i < s.elements; i += stride) {
         const Floats some = load(matrix, i, s.elements);
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++) sum = fmaf(some.at[j], some.at[j], sum);
+        for (int j = 0; j < WIDTH; j++) {
+            const float at = kept(some.at[j]);
+            sum = fmaf(at, at, sum);
+        }
     }
     sum = block_sum<THREADS>(sum);
     if (threadIdx.x == 0) sums[blockIdx.y * s.parts + blockIdx.x] = sum;

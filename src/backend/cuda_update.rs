@@ -373,6 +373,39 @@ mod tests {
     }
 
     #[test]
+    fn the_compile_check_tries_each_kernel_with_and_without_packs() {
+        let sorted = |words: Vec<String>| {
+            let mut words = words;
+            words.sort();
+            words
+        };
+        let variants: Vec<Vec<String>> = UPDATE
+            .text()
+            .lines()
+            .filter_map(|line| line.strip_prefix("// variant: "))
+            .map(|line| sorted(line.split(' ').map(String::from).collect()))
+            .collect();
+        for (entry, part, element, width, count) in [
+            ("update_adam", "ADAM", None, 4, 3),
+            ("update_adam", "ADAM", None, 1, 1),
+            ("update_momentum", "MOMENTUM", element(DType::BF16), 4, 2),
+            ("update_momentum", "MOMENTUM", element(DType::F32), 1, 1),
+            ("update_orthogonal", "ORTHOGONAL", element(DType::BF16), 4, 2),
+            ("update_orthogonal", "ORTHOGONAL", element(DType::F32), 1, 1),
+            ("update_squares", "SQUARES", None, 4, 2),
+            ("update_squares", "SQUARES", None, 1, 1),
+            ("update_blend", "BLEND", None, 4, 2),
+            ("update_blend", "BLEND", None, 1, 1),
+        ] {
+            let kernel = many(entry, part, element, width, count);
+            let form =
+                sorted(kernel.constants.iter().map(|(name, value)| format!("-D{name}={value}")).collect());
+            assert!(variants.contains(&form), "{form:?} is not among {variants:?}");
+            assert!(UPDATE.text().contains(&format!("    {entry}(")), "{entry}");
+        }
+    }
+
+    #[test]
     fn floats_lie_in_the_halves_of_a_word() {
         assert_eq!(pair(1.0, -2.0), 0xc000_0000_3f80_0000);
         assert_eq!(flags(true, false, true), FRESH | COPY);
