@@ -24,6 +24,7 @@ impl EmbeddingOps for Cpu {
 }
 impl LinearOps for Cpu {}
 impl MatmulOps for Cpu {}
+impl NewtonSchulzOps for Cpu {}
 impl OnePoleOps for Cpu {
     const ONE_POLE_ELEMENTS: usize = 1 << 21;
 }
@@ -37,4 +38,5 @@ impl ScanOps for Cpu {
 impl SelectiveScanOps for Cpu {
     const SELECTIVE_SCAN_ELEMENTS: usize = 1 << 21;
 }
+impl UpdateOps for Cpu {}
 impl XsaOps for Cpu {}

@@ -12,6 +12,8 @@ pub mod tensor;
 pub mod wgpu;
 
 mod cuda_matmul;
+mod cuda_newton_schulz;
+mod cuda_update;
 mod kernel_cache;
 mod matmul;
 mod matmul_exact;

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 const COMMON: &[(&str, &str)] = &[
     ("common/row_sum.wgsl", include_str!("../../wgsl/common/row_sum.wgsl")),
     ("common/row.cuh", include_str!("../../cuda/common/row.cuh")),
+    ("common/pack.cuh", include_str!("../../cuda/common/pack.cuh")),
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
 ];
 

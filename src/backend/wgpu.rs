@@ -39,12 +39,14 @@ impl ConvOps for Wgpu {}
 impl CrossEntropyOps for Wgpu {}
 impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
+impl NewtonSchulzOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
 impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
 impl ScanOps for Wgpu {}
 impl SelectiveScanOps for Wgpu {}
+impl UpdateOps for Wgpu {}
 impl XsaOps for Wgpu {}
 
 impl MatmulOps for Wgpu {

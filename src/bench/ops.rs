@@ -1,8 +1,10 @@
 //! Each op that has a kernel of its own, forward and backward, beside its reference: one file an op.
 
 mod matmul;
+mod newton_schulz;
 mod rms_norm;
 mod tape;
+mod update;
 
 use super::{Row, copy_rate, median_ms};
 use crate::error::Result;
@@ -78,5 +80,7 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     rms_norm::time(&mut bench)?;
     matmul::time(&mut bench)?;
     tape::time(&mut bench)?;
+    newton_schulz::time(&mut bench)?;
+    update::time(&mut bench)?;
     Ok(bench.found)
 }

@@ -17,6 +17,7 @@ pub mod embedding;
 pub mod hash;
 pub mod linear;
 pub mod matmul;
+pub mod newton_schulz;
 pub mod one_pole;
 pub mod param;
 pub mod reduce;
@@ -27,6 +28,7 @@ pub mod scan;
 pub mod selective_scan;
 mod sequence;
 mod tape;
+pub mod update;
 pub mod weight_form;
 pub mod xsa;
 
@@ -38,6 +40,7 @@ pub use cross_entropy::CrossEntropyOps;
 pub use embedding::EmbeddingOps;
 pub use linear::LinearOps;
 pub use matmul::MatmulOps;
+pub use newton_schulz::NewtonSchulzOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
 pub use residual::ResidualOps;
@@ -45,6 +48,7 @@ pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
 pub use scan::ScanOps;
 pub use selective_scan::SelectiveScanOps;
+pub use update::UpdateOps;
 pub use xsa::XsaOps;
 
 use burn::tensor::{DType, Tensor};
@@ -75,6 +79,7 @@ pub trait Backend:
     + EmbeddingOps
     + LinearOps
     + MatmulOps
+    + NewtonSchulzOps
     + OnePoleOps
     + ParamOps
     + ResidualOps
@@ -82,6 +87,7 @@ pub trait Backend:
     + RopeOps
     + ScanOps
     + SelectiveScanOps
+    + UpdateOps
     + XsaOps
 {
 }
@@ -96,6 +102,7 @@ impl<B> Backend for B where
         + EmbeddingOps
         + LinearOps
         + MatmulOps
+        + NewtonSchulzOps
         + OnePoleOps
         + ParamOps
         + ResidualOps
@@ -103,6 +110,7 @@ impl<B> Backend for B where
         + RopeOps
         + ScanOps
         + SelectiveScanOps
+        + UpdateOps
         + XsaOps
 {
 }

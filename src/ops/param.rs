@@ -1,6 +1,7 @@
 //! Parameters: a master value, the copy that the ops compute with, and a gradient that accumulates in place.
 
 use super::tape::{primitive, rooted, tensor};
+use super::update::Updated;
 use super::weight_form::{self, WeightForm};
 use super::{Autodiff, Base, Plain};
 use burn::tensor::{DType, Tensor, TensorMetadata};
@@ -170,6 +171,31 @@ impl<B: Plain> Param<B> {
         let mut state = self.state();
         state.value = value;
         state.compute = compute;
+    }
+
+    /// The type of the computing copy where that is a cast of the master value: not where it is the value itself, or a
+    /// quantised form of it.
+    pub fn copy_type(&self) -> Option<DType> {
+        let state = self.state();
+        let is_cast = !self.is_matrix() || state.form == WeightForm::Full;
+        (is_cast && state.value.dtype() != self.0.compute_type).then_some(self.0.compute_type)
+    }
+
+    /// Replaces the master value, and the computing copy by the one that came with it, if any did.
+    pub fn set_updated<const D: usize>(&self, updated: Updated<B, D>) {
+        let Updated { value, copy } = updated;
+        let copy = copy.filter(|copy| self.copy_type() == Some(copy.dtype()));
+        let Some(copy) = copy else { return self.set_flat(flatten(primitive(value))) };
+        let held = self.held();
+        assert_eq!(
+            value.shape().num_elements(),
+            self.numel(),
+            "a new value of another size for {}",
+            self.name()
+        );
+        let mut state = self.state();
+        state.value = B::float_reshape(primitive(value), held.clone().into());
+        state.compute = B::float_reshape(primitive(copy), held.into());
     }
 
     /// The computing copy of a master value.

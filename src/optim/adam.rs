@@ -1,21 +1,10 @@
 //! Adam with torch's semantics (spec/challenge.md section 7), one instance per group of parameters.
 
-use super::{OptimizerState, round_bf16};
+use super::OptimizerState;
+pub use crate::ops::update::AdamConfig;
+use crate::ops::update::AdamInput;
 use crate::ops::{Param, Plain};
 use burn::tensor::Tensor;
-
-/// Adam's constants.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamConfig {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Decoupled weight decay (AdamW); 0 for plain Adam.
-    pub weight_decay: f64,
-}
 
 struct Slot<P: Plain> {
     param: Param<P>,
@@ -39,40 +28,30 @@ impl<P: Plain> Adam<P> {
         Self { config, lr, slots: params.into_iter().map(slot).collect() }
     }
 
-    /// One update from the accumulated gradients times `grad_scale`, at `lr_mul` times the base rate; takes them.
-    ///
-    /// `m = b1 m + (1-b1) g`, `v = b2 v + (1-b2) g^2`, `p -= lr (m/(1-b1^t)) / (sqrt(v/(1-b2^t)) + eps)`. A parameter
-    /// that no gradient has reached stays.
+    /// One update from the accumulated gradients times `grad_scale`, at `lr_mul` times the base rate; takes them. A
+    /// parameter that no gradient has reached stays.
     pub fn step(&mut self, lr_mul: f64, grad_scale: Option<Tensor<P, 1>>) {
-        let AdamConfig { beta1, beta2, eps, weight_decay } = self.config;
-        let lr = self.lr * lr_mul;
+        let (config, lr) = (self.config, self.lr * lr_mul);
+        let mut reached = Vec::new();
+        let mut inputs = Vec::new();
         for slot in &mut self.slots {
-            let bf16 = slot.bf16;
-            let keep = |x: Tensor<P, 1>| if bf16 { round_bf16(x) } else { x };
             let Some(grad) = slot.param.take_flat_grad() else { continue };
-            let grad = match &grad_scale {
-                Some(scale) => grad * scale.clone(),
-                None => grad,
-            };
             slot.steps += 1;
-            let square = grad.clone() * grad.clone();
-            let [m, v] = match slot.moments.take() {
-                Some([m, v]) => [
-                    m.mul_scalar(beta1) + grad.mul_scalar(1.0 - beta1),
-                    v.mul_scalar(beta2) + square.mul_scalar(1.0 - beta2),
-                ],
-                None => [grad.mul_scalar(1.0 - beta1), square.mul_scalar(1.0 - beta2)],
-            };
-            let [m, v] = [keep(m), keep(v)];
-            let steps = slot.steps as i32;
-            let size = lr / (1.0 - beta1.powi(steps));
-            let root = v.clone().div_scalar(1.0 - beta2.powi(steps)).sqrt().add_scalar(eps);
-            let mut value = slot.param.flat();
-            if weight_decay != 0.0 {
-                value = value.mul_scalar(1.0 - lr * weight_decay);
-            }
-            slot.param.set_flat(keep(value - m.clone().mul_scalar(size) / root));
-            slot.moments = Some([m, v]);
+            inputs.push(AdamInput {
+                value: slot.param.flat(),
+                grad,
+                moments: slot.moments.take(),
+                config,
+                lr,
+                steps: slot.steps,
+                bf16: slot.bf16,
+                copy: slot.param.copy_type(),
+            });
+            reached.push(slot);
+        }
+        for (slot, output) in reached.into_iter().zip(P::adam_step(inputs, grad_scale)) {
+            slot.param.set_updated(output.updated);
+            slot.moments = Some(output.moments);
         }
     }
 

@@ -112,12 +112,10 @@ impl<P: Plain> Averages<P> {
             Averaging::Swa { every, below } => {
                 if lr_mul < below && steps.is_multiple_of(every) {
                     self.count += 1;
-                    for slot in &mut self.slots {
-                        let own = slot.param.flat();
-                        slot.snapshots = vec![match slot.snapshots.pop() {
-                            Some(sum) => sum + own,
-                            None => own,
-                        }];
+                    let sums = self.slots.iter_mut().map(|slot| slot.snapshots.pop()).collect();
+                    let sums = self.added(sums, [1.0, 1.0]);
+                    for (slot, sum) in self.slots.iter_mut().zip(sums) {
+                        slot.snapshots = vec![sum];
                     }
                 }
             }
@@ -136,13 +134,21 @@ impl<P: Plain> Averages<P> {
     }
 
     fn decay(&mut self, decay: f64) {
-        for slot in &mut self.slots {
-            let own = slot.param.flat();
-            slot.ema = Some(match slot.ema.take() {
-                Some(ema) if decay > 0.0 => ema.mul_scalar(decay) + own.mul_scalar(1.0 - decay),
-                _ => own,
-            });
+        let old = self.slots.iter_mut().map(|slot| slot.ema.take().filter(|_| decay > 0.0)).collect();
+        let averages = self.added(old, [decay, 1.0 - decay]);
+        for (slot, average) in self.slots.iter_mut().zip(averages) {
+            slot.ema = Some(average);
         }
+    }
+
+    /// `p old + q w` of each parameter, or `w` where there is nothing older.
+    fn added(&self, old: Vec<Option<Tensor<P, 1>>>, weights: [f64; 2]) -> Vec<Tensor<P, 1>> {
+        let own = |index: usize| self.slots[index].param.flat();
+        let has_old: Vec<bool> = old.iter().map(Option::is_some).collect();
+        let pairs = old.into_iter().enumerate().filter_map(|(i, old)| Some([old?, own(i)])).collect();
+        let mut blended = P::blend(pairs, weights).into_iter();
+        let new = |(i, has_old)| if has_old { blended.next() } else { None }.unwrap_or_else(|| own(i));
+        has_old.into_iter().enumerate().map(new).collect()
     }
 
     /// A parameter's average, if there is one yet.

@@ -7,30 +7,12 @@ pub mod schedule;
 
 use crate::model::spec::Spec;
 use crate::model::{AHEAD, EMBEDDING, HEAD, Model};
-use crate::ops::{Param, Plain, accumulate_type, reciprocal, reduce};
+pub use crate::ops::update::round_bf16;
+use crate::ops::{Param, Plain};
 use crate::recipe::{PR1382, PR1607, PR1994, Recipe};
 use adam::{Adam, AdamConfig};
-use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use muon::{Muon, MuonConfig, MuonParam, NewtonSchulz};
-
-/// Rounds to bf16's 8 significant bits, ties to even, in the tensor's own type: f32, f64, or bf16 itself.
-///
-/// In plain arithmetic, so that devices without a bf16 type do exactly the same. The largest power of two `u` in `x` is
-/// `q - (1 - 2^-p) q` with `q = (2^(p-1) + 1) x` for `p` significant bits (Rump, Ogita, Oishi: Accurate floating-point
-/// summation, 2008); adding and taking away `1.5 u 2^(p-8)` then leaves `x` on multiples of `u/128`. Veltkamp's split is
-/// shorter but breaks some ties the other way. For magnitudes from 2^-126 to 2^104; larger ones end as NaN.
-pub fn round_bf16<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    let bits = match x.dtype() {
-        DType::F64 => 53,
-        DType::F32 => 24,
-        _ => return x,
-    };
-    let q = x.clone().mul_scalar(2f64.powi(bits - 1) + 1.0);
-    let unit = q.clone() - q.mul_scalar(1.0 - 2f64.powi(-bits));
-    let shift = unit.mul_scalar(1.5 * 2f64.powi(bits - 8));
-    (x + shift.clone()) - shift
-}
 
 /// What stands before a parameter's name in the names of its rows of state; averages have a number after theirs.
 const STATE_PREFIXES: [&str; 4] = ["adam.m.", "adam.v.", "muon.momentum.", "muon.momentum2."];
@@ -233,17 +215,8 @@ impl<P: Plain> Optimizers<P> {
         if self.clip <= 0.0 {
             return None;
         }
-        let squares = self.params.iter().filter_map(|param| {
-            let grad = param.flat_grad()?;
-            let grad = grad.clone().cast(accumulate_type(grad.dtype()));
-            Some(reduce::sum(grad.clone() * grad))
-        });
-        let squares: Vec<Tensor<P, 1>> = squares.collect();
-        if squares.is_empty() {
-            return None;
-        }
-        let norm = reduce::sum(Tensor::cat(squares, 0)).sqrt();
-        Some(reciprocal(norm.add_scalar(1e-6)).mul_scalar(self.clip).clamp_max(1.0))
+        let grads: Vec<Tensor<P, 1>> = self.params.iter().filter_map(Param::flat_grad).collect();
+        (!grads.is_empty()).then(|| P::clip_factor(grads, self.clip))
     }
 
     /// The whole state.

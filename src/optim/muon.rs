@@ -1,7 +1,9 @@
 //! Muon: momentum, orthogonalised by Newton-Schulz (spec/challenge.md sections 4 and 7).
 
-use super::{OptimizerState, round_bf16};
-use crate::ops::{MatmulOps, Param, Plain, accumulate_type};
+use super::OptimizerState;
+pub use crate::ops::newton_schulz::NewtonSchulz;
+use crate::ops::update::{MomentumConfig, MomentumInput, OrthogonalInput};
+use crate::ops::{Param, Plain};
 use burn::tensor::{DType, Tensor};
 use std::collections::BTreeMap;
 
@@ -49,13 +51,6 @@ pub struct Muon<P: Plain> {
     slots: Vec<Slot<P>>,
 }
 
-/// One matrix's update before it is orthogonalised: of which slot, from which row.
-struct Part<P: Plain> {
-    slot: usize,
-    rows: usize,
-    update: Tensor<P, 2>,
-}
-
 impl<P: Plain> Muon<P> {
     /// Muon over `matrices`.
     pub fn new(matrices: Vec<MuonParam<P>>, config: MuonConfig) -> Self {
@@ -71,71 +66,70 @@ impl<P: Plain> Muon<P> {
     /// gradient and advance the momentum again; on several ranks the source system gives them whole matrices and a
     /// momentum of their own (spec/pr1382.md section 6, quirk C; there from each rank's own gradient, here from the mean).
     pub fn step(&mut self, lr_mul: f64, momentum: f64, grad_scale: Option<Tensor<P, 1>>) {
-        let gradient = |slot: &Slot<P>| {
-            let grad = slot.muon.param.take_grad::<2>()?;
-            let grad = match &grad_scale {
-                Some(scale) => grad * scale.clone().reshape([1, 1]),
-                None => grad,
-            };
-            Some(kept(grad, slot.muon.bf16_state))
-        };
-        let grads: Vec<Option<Tensor<P, 2>>> = self.slots.iter().map(gradient).collect();
+        let grads: Vec<Option<Tensor<P, 2>>> =
+            self.slots.iter().map(|slot| slot.muon.param.take_grad::<2>()).collect();
         let passes = self.slots.iter().map(|slot| slot.muon.lrs.len()).max().unwrap_or(0);
         for pass in 0..passes {
-            self.pass(pass, &grads, lr_mul, momentum);
+            self.pass(pass, &grads, lr_mul, momentum, &grad_scale);
         }
     }
 
-    fn pass(&mut self, pass: usize, grads: &[Option<Tensor<P, 2>>], lr_mul: f64, momentum: f64) {
-        let sharded = self.config.shards > 1;
-        let buffer_of = usize::from(sharded && pass > 0);
-        let mut shapes: BTreeMap<[usize; 2], Vec<Part<P>>> = BTreeMap::new();
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let (Some(grad), true) = (grads[index].clone(), pass < slot.muon.lrs.len()) else { continue };
-            let buffer = match slot.momentum[buffer_of].take() {
-                Some(buffer) => buffer.mul_scalar(momentum) + grad.clone(),
-                None => grad.clone(),
-            };
-            let buffer = kept(buffer, slot.muon.bf16_state);
-            let update = match self.config.nesterov {
-                true => kept(grad + buffer.clone().mul_scalar(momentum), slot.muon.bf16_state),
-                false => buffer.clone(),
-            };
-            slot.momentum[buffer_of] = Some(buffer);
-            let [rows, columns] = update.dims();
-            let shards = if slot.muon.whole || pass > 0 { 1 } else { self.config.shards };
-            let height = rows.div_ceil(shards);
-            for start in (0..rows).step_by(height) {
-                let len = height.min(rows - start);
-                let update = update.clone().narrow(0, start, len);
-                shapes.entry([len, columns]).or_default().push(Part { slot: index, rows: start, update });
+    fn pass(
+        &mut self,
+        pass: usize,
+        grads: &[Option<Tensor<P, 2>>],
+        lr_mul: f64,
+        momentum: f64,
+        grad_scale: &Option<Tensor<P, 1>>,
+    ) {
+        // Matrices of one shape whose rows are orthogonalised in the same parts.
+        let mut groups: BTreeMap<([usize; 2], usize), Vec<usize>> = BTreeMap::new();
+        for (index, slot) in self.slots.iter().enumerate() {
+            if let (Some(grad), true) = (&grads[index], pass < slot.muon.lrs.len()) {
+                let shards = if slot.muon.whole || pass > 0 { 1 } else { self.config.shards };
+                groups.entry((grad.dims(), shards)).or_default().push(index);
             }
         }
-        let mut done: BTreeMap<usize, Vec<(usize, Tensor<P, 2>)>> = BTreeMap::new();
-        for ([rows, columns], parts) in shapes {
-            let (places, updates): (Vec<(usize, usize)>, Vec<Tensor<P, 2>>) =
-                parts.into_iter().map(|part| ((part.slot, part.rows), part.update)).unzip();
-            let master = updates[0].dtype();
-            let stacked = Tensor::stack::<3>(updates, 0).cast(self.config.dtype);
-            let orthogonal = self.config.newton_schulz.apply(stacked);
-            for (position, (slot, start)) in places.into_iter().enumerate() {
-                let part = orthogonal.clone().narrow(0, position, 1).reshape([rows, columns]).cast(master);
-                done.entry(slot).or_default().push((start, part));
+        let buffer_of = usize::from(self.config.shards > 1 && pass > 0);
+        let MuonConfig { newton_schulz, nesterov, weight_decay, dtype, .. } = self.config;
+        for (([rows, _], shards), members) in groups {
+            let input = |index: &usize| {
+                let (slot, grad) = (&mut self.slots[*index], grads[*index].clone()?);
+                let (buffer, bf16) = (slot.momentum[buffer_of].take(), slot.muon.bf16_state);
+                Some(MomentumInput { grad, buffer, bf16 })
+            };
+            let inputs = members.iter().filter_map(input).collect();
+            let config = MomentumConfig { momentum, nesterov, dtype };
+            let (buffers, updates) = P::momentum_step(inputs, config, grad_scale.clone());
+            for (index, buffer) in members.iter().zip(buffers) {
+                self.slots[*index].momentum[buffer_of] = Some(buffer);
             }
-        }
-        for (index, mut parts) in done {
-            parts.sort_by_key(|(start, _)| *start);
-            let update = Tensor::cat(parts.into_iter().map(|(_, part)| part).collect(), 0);
-            let MuonParam { param, lrs, bf16, .. } = &self.slots[index].muon;
-            let lr = lrs[pass] * lr_mul;
-            let [rows, columns] = update.dims();
-            let ratio = (rows as f64 / columns as f64).max(1.0).sqrt();
-            let update = self.config.newton_schulz.keep(update.mul_scalar(ratio));
-            let mut value = param.value::<2>();
-            if self.config.weight_decay != 0.0 {
-                value = value.mul_scalar(1.0 - lr * self.config.weight_decay);
+            let orthogonal = if shards > 1 {
+                let height = rows.div_ceil(shards);
+                let part = |start: usize| {
+                    let part = updates.clone().narrow(1, start, height.min(rows - start));
+                    newton_schulz.apply(part)
+                };
+                Tensor::cat((0..rows).step_by(height).map(part).collect(), 1)
+            } else {
+                newton_schulz.apply(updates)
+            };
+            let input = |index: &usize| {
+                let MuonParam { param, lrs, bf16, .. } = &self.slots[*index].muon;
+                let lr = lrs[pass] * lr_mul;
+                OrthogonalInput {
+                    value: param.value(),
+                    lr,
+                    weight_decay,
+                    bf16: *bf16,
+                    copy: param.copy_type(),
+                }
+            };
+            let inputs = members.iter().map(input).collect();
+            let updated = P::orthogonal_step(inputs, orthogonal, newton_schulz.bf16);
+            for (index, updated) in members.into_iter().zip(updated) {
+                self.slots[index].muon.param.set_updated(updated);
             }
-            param.set(kept(value - update.mul_scalar(lr), *bf16));
         }
     }
 
@@ -161,61 +155,5 @@ impl<P: Plain> Muon<P> {
                 flat.map(|(flat, _)| flat.reshape([rows, columns]))
             });
         }
-    }
-}
-
-fn kept<P: Plain>(x: Tensor<P, 2>, bf16: bool) -> Tensor<P, 2> {
-    if bf16 { round_bf16(x) } else { x }
-}
-
-/// Quintic Newton-Schulz iteration towards the nearest orthogonal matrix.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct NewtonSchulz {
-    /// Iterations.
-    pub steps: usize,
-    /// `a`, `b` and `c` of `X = a X + (b A + c A A) X`.
-    pub coefficients: [f64; 3],
-    /// Added to the Frobenius norm.
-    pub eps: f64,
-    /// Rounds every intermediate to bf16, as the challenge's own iteration does: singular values then differ by some
-    /// hundredths from those of wider types.
-    pub bf16: bool,
-}
-
-impl Default for NewtonSchulz {
-    fn default() -> Self {
-        Self { steps: 5, coefficients: [3.4445, -4.7750, 2.0315], eps: 1e-7, bf16: false }
-    }
-}
-
-impl NewtonSchulz {
-    /// The iteration on each of `g[n, rows, columns]`.
-    ///
-    /// `X = g / (|g|_F + eps)`, wide side last, then `A = X X^T`, `X = a X + (b A + c A A) X`. Computes in `g`'s own
-    /// type with products accumulated in f32 (f64 for f64); singular values land near one, not on it.
-    pub fn apply<B: MatmulOps>(self, g: Tensor<B, 3>) -> Tensor<B, 3> {
-        let [n, rows, columns] = g.dims();
-        let dtype = g.dtype();
-        let [a, b, c] = self.coefficients;
-        let times = |x: Tensor<B, 3>, y: Tensor<B, 3>| self.keep(B::matmul_as(x, y, dtype));
-        let tall = rows > columns;
-        let x = self.keep(if tall { g.swap_dims(1, 2) } else { g });
-        let wide = x.clone().cast(accumulate_type(dtype));
-        let norm = (wide.clone() * wide).sum_dim(2).sum_dim(1).sqrt().reshape([n, 1, 1]).cast(dtype);
-        let norm = self.keep(self.keep(norm).add_scalar(self.eps));
-        let mut x = self.keep(x / norm);
-        for _ in 0..self.steps {
-            let gram = times(x.clone(), x.clone().swap_dims(1, 2));
-            // The challenge's order: (c A) A.
-            let square = times(self.keep(gram.clone().mul_scalar(c)), gram.clone());
-            let poly = self.keep(self.keep(gram.mul_scalar(b)) + square);
-            x = self.keep(self.keep(x.clone().mul_scalar(a)) + times(poly, x));
-        }
-        if tall { x.swap_dims(1, 2) } else { x }
-    }
-
-    /// The value as the iteration holds it.
-    fn keep<B: MatmulOps, const D: usize>(self, x: Tensor<B, D>) -> Tensor<B, D> {
-        if self.bf16 { round_bf16(x) } else { x }
     }
 }

@@ -1,0 +1,68 @@
+// Elements of rows of any length, WIDTH at a time, as floats: whole packs by one load, the last of a row one by one.
+// A row that is read or written in packs starts at a multiple of their size.
+
+typedef unsigned long long u64;
+typedef __nv_bfloat16 bf16;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
+__device__ __forceinline__ void from_float(bf16 &to, float x) { to = __float2bfloat16_rn(x); }
+
+// The nearest bf16, ties to even.
+__device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+
+// Scalars of the launch: a word that holds a float's bits, or those of two (the first in the lower half).
+__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((unsigned)word); }
+__device__ __forceinline__ float second_of(u64 word) { return __uint_as_float((unsigned)(word >> 32)); }
+
+template <typename T> struct alignas(sizeof(T) * WIDTH) Pack {
+    T values[WIDTH];
+};
+
+struct Floats {
+    float at[WIDTH];
+};
+
+// The elements from `start` (a multiple of WIDTH) of a row of `length`; past its end, zeros.
+template <typename T> __device__ __forceinline__ Floats load(const T *row, u64 start, u64 length) {
+    Floats x;
+    if (start + WIDTH <= length) {
+        const Pack<T> pack = *reinterpret_cast<const Pack<T> *>(row + start);
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) x.at[j] = to_float(pack.values[j]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) x.at[j] = start + j < length ? to_float(row[start + j]) : 0.0f;
+    }
+    return x;
+}
+
+// Nothing is written past the row's end.
+template <typename T> __device__ __forceinline__ void store(T *row, u64 start, u64 length, const Floats &x) {
+    if (start + WIDTH <= length) {
+        Pack<T> pack;
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) from_float(pack.values[j], x.at[j]);
+        *reinterpret_cast<Pack<T> *>(row + start) = pack;
+    } else {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+            if (start + j < length) from_float(row[start + j], x.at[j]);
+        }
+    }
+}
+
+// The sum over a block of THREADS threads (whole warps), the same bits in each thread and each launch. Every thread
+// of the block must call it, once a kernel.
+template <int THREADS> __device__ __forceinline__ float block_sum(float x) {
+    __shared__ float warps[THREADS / 32];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = warps[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; i++) x += warps[i];
+    return x;
+}
