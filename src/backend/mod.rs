@@ -10,7 +10,10 @@ pub mod source;
 pub mod tensor;
 pub mod wgpu;
 
+mod cuda_cross_entropy;
+mod cuda_embedding;
 mod cuda_matmul;
+mod cuda_reduce;
 mod kernel_cache;
 mod matmul;
 mod matmul_exact;

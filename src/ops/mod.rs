@@ -40,6 +40,7 @@ pub use linear::LinearOps;
 pub use matmul::MatmulOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
+pub use reduce::ReduceOps;
 pub use residual::ResidualOps;
 pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
@@ -77,6 +78,7 @@ pub trait Backend:
     + MatmulOps
     + OnePoleOps
     + ParamOps
+    + ReduceOps
     + ResidualOps
     + RmsNormOps
     + RopeOps
@@ -98,6 +100,7 @@ impl<B> Backend for B where
         + MatmulOps
         + OnePoleOps
         + ParamOps
+        + ReduceOps
         + ResidualOps
         + RmsNormOps
         + RopeOps
