@@ -111,14 +111,14 @@ impl Case {
                 let hot = if v == target { 1.0 } else { 0.0 };
                 let exact = ((z[v] - lse).exp() - hot) * slope[v];
                 let near = round(exact, precision);
-                for c in 0..columns {
+                for (c, h) in h.iter().enumerate() {
                     let (w, of_h, of_w) = (self.w[v * columns + c], row * columns + c, v * columns + c);
                     found.grad_h[of_h] += exact * w;
                     rounded.grad_h[of_h] += near * w;
                     sizes.grad_h[of_h] += (exact * w).abs();
-                    found.grad_w[of_w] += exact * h[c];
-                    rounded.grad_w[of_w] += near * h[c];
-                    sizes.grad_w[of_w] += (exact * h[c]).abs();
+                    found.grad_w[of_w] += exact * h;
+                    rounded.grad_w[of_w] += near * h;
+                    sizes.grad_w[of_w] += (exact * h).abs();
                 }
             }
         }
@@ -372,8 +372,8 @@ impl Job for Views {
         ];
         for (name, view) in views {
             let n = view.dims()[0];
-            let targets = whole.targets.clone().slice([40 - n..40]);
-            let grad = whole.grad.clone().slice([3..4]).expand([n]);
+            let targets = whole.targets.clone().narrow(0, 40 - n, n);
+            let grad = whole.grad.clone().narrow(0, 3, 1).expand([n]);
             let both = [view.clone(), dense(view)].map(|h| Inputs {
                 h,
                 w: w.clone(),
