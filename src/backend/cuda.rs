@@ -37,12 +37,6 @@ impl AttentionOps for Cuda {}
 impl ConvOps for Cuda {
     const CONV_ELEMENTS: usize = 1 << 28;
 }
-impl CrossEntropyOps for Cuda {
-    const LOGIT_ELEMENTS: usize = 1 << 26;
-}
-impl EmbeddingOps for Cuda {
-    const ONE_HOT_ELEMENTS: usize = 1 << 26;
-}
 impl LinearOps for Cuda {}
 impl OnePoleOps for Cuda {
     const ONE_POLE_ELEMENTS: usize = 1 << 28;
@@ -64,8 +58,9 @@ impl MatmulOps for Cuda {
     }
 }
 
-/// bf16 on Hopper's tensor cores; f32, and bf16 on other cards, without tensor cores.
-fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
+/// `c = a b` over the last two sizes, into a dense `c`: bf16 on Hopper's tensor cores; f32, and bf16 on other cards,
+/// without tensor cores.
+pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
     if cuda_matmul::takes(a, b, c) {
         cuda_matmul::product(a, b, c);
     } else {

@@ -132,6 +132,24 @@ pub(super) fn takes(
 
 /// `c = a b` over the last two sizes, into a dense `c`.
 pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
+    product_into(a, b, c, false);
+}
+
+/// `c += a b` over the last two sizes, into a dense f32 `c`.
+pub(super) fn add_product(
+    a: &CubeTensor<CudaRuntime>,
+    b: &CubeTensor<CudaRuntime>,
+    c: &CubeTensor<CudaRuntime>,
+) {
+    product_into(a, b, c, true);
+}
+
+fn product_into(
+    a: &CubeTensor<CudaRuntime>,
+    b: &CubeTensor<CudaRuntime>,
+    c: &CubeTensor<CudaRuntime>,
+    accumulate: bool,
+) {
     let (a, b) = (Factor::new(a, true), Factor::new(b, false));
     let [z, rows, columns] = a.shape;
     let (m, k) = if a.k_major { (rows, columns) } else { (columns, rows) };
@@ -142,7 +160,8 @@ pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, 
     let few = m.div_ceil(128) * n.div_ceil(128) * z < multiprocessors && k > 4096;
     let (width, parts) = choose(m, n, k, z, few && c.dtype == DType::F32, multiprocessors);
     let c = dense_view(c, [z, m, n]);
-    let out = if parts > 1 { empty(&c, [z * parts, m, n], DType::F32) } else { c.clone() };
+    let through_sum = parts > 1 || accumulate;
+    let out = if through_sum { empty(&c, [z * parts, m, n], DType::F32) } else { c.clone() };
     let sizes = [m, n, k, z, parts].map(|size| size as u64);
     let flag = |on: bool| u8::from(on).to_string();
     let mut constants = vec![
@@ -176,16 +195,17 @@ pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, 
         let buffers = [&a.tensor, &b.tensor, &out];
         launch(kernel, grid, Arguments { buffers: &buffers, scalars: &sizes, ..Default::default() });
     }
-    if parts > 1 {
-        sum_parts(&out, &c, [m * n, z, parts], multiprocessors);
+    if through_sum {
+        sum_parts(&out, &c, [m * n, z, parts], accumulate, multiprocessors);
     }
 }
 
-/// Adds the parts of a product in order.
+/// Adds the parts of a product in order, and what `c` holds if it is to `accumulate`.
 fn sum_parts(
     parts: &CubeTensor<CudaRuntime>,
     c: &CubeTensor<CudaRuntime>,
     [elements, z, count]: [usize; 3],
+    accumulate: bool,
     multiprocessors: usize,
 ) {
     let constants = vec![
@@ -197,7 +217,7 @@ fn sum_parts(
     let kernel = CudaKernel { source: &MATMUL, entry: "matmul_sum", constants, block: 256, shared_bytes: 0 };
     let width = if elements.is_multiple_of(4) { 4 } else { 1 };
     let blocks = (z * elements / width).div_ceil(256).clamp(1, 16 * multiprocessors);
-    let scalars = [elements as u64, z as u64, count as u64, 0];
+    let scalars = [elements as u64, z as u64, count as u64, u64::from(accumulate)];
     launch(
         kernel,
         [blocks as u32, 1, 1],

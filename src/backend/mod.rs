@@ -11,9 +11,12 @@ pub mod source;
 pub mod tensor;
 pub mod wgpu;
 
+mod cuda_cross_entropy;
+mod cuda_embedding;
 mod cuda_matmul;
 mod cuda_newton_schulz;
 mod cuda_update;
+mod cuda_reduce;
 mod kernel_cache;
 mod matmul;
 mod matmul_exact;

@@ -1,6 +1,6 @@
 //! What the launchers of both GPU backends need of Burn's tensors: dense primitives, outputs, load widths.
 
-use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
+use burn::tensor::{DType, Int, Shape, Tensor, TensorPrimitive};
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement, kernel};
@@ -19,6 +19,17 @@ where
     B: BoolElement,
 {
     kernel::into_contiguous(primitive(tensor))
+}
+
+/// [`dense`] of integers.
+pub fn dense_int<R, F, I, B, const D: usize>(tensor: Tensor<CubeBackend<R, F, I, B>, D, Int>) -> CubeTensor<R>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    B: BoolElement,
+{
+    kernel::into_contiguous(tensor.into_primitive())
 }
 
 /// The tensor's primitive in whatever layout it has.

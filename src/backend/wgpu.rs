@@ -42,6 +42,7 @@ impl LinearOps for Wgpu {}
 impl NewtonSchulzOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
+impl ReduceOps for Wgpu {}
 impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
 impl ScanOps for Wgpu {}

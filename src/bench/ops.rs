@@ -1,7 +1,10 @@
 //! Each op that has a kernel of its own, forward and backward, beside its reference: one file an op.
 
+mod cross_entropy;
+mod embedding;
 mod matmul;
 mod newton_schulz;
+mod reduce;
 mod rms_norm;
 mod tape;
 mod update;
@@ -79,6 +82,9 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     let mut bench = Bench::<P> { device, dtype, rows, rate, found: vec![copy] };
     rms_norm::time(&mut bench)?;
     matmul::time(&mut bench)?;
+    cross_entropy::time(&mut bench)?;
+    embedding::time(&mut bench)?;
+    reduce::time(&mut bench)?;
     tape::time(&mut bench)?;
     newton_schulz::time(&mut bench)?;
     update::time(&mut bench)?;

@@ -302,7 +302,7 @@ impl<P: Plain> Model<P> {
         let [batch, time] = targets.dims();
         let columns = hidden.dims()[1];
         let share: Tensor<B, 1> = B::lift(share.clone());
-        let mut sum = total(self.nll_of(hidden.clone(), targets.clone()) * share.clone());
+        let mut sum = B::total(self.nll_of(hidden.clone(), targets.clone()) * share.clone());
         let weight =
             self.plan.ahead.as_ref().map_or(0.0, |ahead| ahead.weight) / self.ahead.len().max(1) as f64;
         for (index, head) in self.ahead.iter().enumerate() {
@@ -315,7 +315,7 @@ impl<P: Plain> Model<P> {
             let rows = rows.reshape([batch * seen, columns]);
             let nll = B::cross_entropy(rows, head, targets, Some(self.plan.softcap));
             // A mean over fewer positions.
-            sum = sum + total(nll * share.clone()).mul_scalar(weight * time as f64 / seen as f64);
+            sum = sum + B::total(nll * share.clone()).mul_scalar(weight * time as f64 / seen as f64);
         }
         sum
     }
@@ -358,8 +358,4 @@ struct Flow<B: Backend> {
 /// Whether a later visit takes this one's output.
 fn is_taken(visits: &[Visit], index: usize) -> bool {
     visits[index + 1..].iter().any(|visit| visit.skip.is_some_and(|skip| skip.from == index))
-}
-
-fn total<B: Backend>(x: Tensor<B, 1>) -> Tensor<B, 1> {
-    crate::ops::reduce::sum(x)
 }

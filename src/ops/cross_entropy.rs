@@ -4,7 +4,7 @@
 //! hidden rows `h[n, c]`, head `w[v, c]`, `target[n]`; logits and sums in f32 (f64 for f64). Rows are taken in chunks.
 
 use super::embedding::one_hot;
-use super::tape::unary;
+use super::tape::{primitive, record, tensor};
 use super::{Autodiff, Base, MatmulOps, Param, Plain, accumulate_type};
 use burn::tensor::{DType, Int, Tensor, activation::log_softmax};
 use std::ops::Range;
@@ -25,14 +25,27 @@ pub trait CrossEntropyOps: Base + MatmulOps {
         forward::<Self>(h, Self::lift(w.compute()), targets, cap)
     }
 
-    /// The gradient of `h` from that of `nll`; the head's is added to its buffer.
+    /// The same, and each row's `logsumexp(z[n])` where the device's backward has a use for it.
+    fn cross_entropy_and_lse(
+        h: Tensor<Self, 2>,
+        w: &Param<Self::Plain>,
+        targets: Tensor<Self, 1, Int>,
+        cap: Option<f64>,
+    ) -> (Tensor<Self, 1>, Option<Tensor<Self, 1>>) {
+        (Self::cross_entropy(h, w, targets, cap), None)
+    }
+
+    /// The gradient of `h` from that of `nll`; the head's is added to its buffer. `lse` is what
+    /// [`Self::cross_entropy_and_lse`] gave, or nothing.
     fn cross_entropy_backward(
         h: Tensor<Self, 2>,
         w: &Param<Self::Plain>,
         targets: Tensor<Self, 1, Int>,
         cap: Option<f64>,
+        lse: Option<Tensor<Self, 1>>,
         grad: Tensor<Self, 1>,
     ) -> Tensor<Self, 2> {
+        drop(lse); // the reference has it anew
         let mut accumulate = |part| w.accumulate::<2>(Self::lower(part));
         let trainable = w.is_trainable();
         backward::<Self>(h, Self::lift(w.compute()), targets, cap, grad, trainable.then_some(&mut accumulate))
@@ -47,12 +60,13 @@ impl<B: Plain> CrossEntropyOps for Autodiff<B> {
         cap: Option<f64>,
     ) -> Tensor<Self, 1> {
         let (weight, targets) = (w.clone(), targets.inner());
-        let kept = targets.clone();
-        unary(
-            h,
-            |h| B::cross_entropy(h, w, targets, cap),
-            move |h, grad| B::cross_entropy_backward(h, &weight, kept.clone(), cap, grad),
-        )
+        let tracked = primitive(h);
+        let h: Tensor<B, 2> = tensor(tracked.primitive.clone());
+        let (nll, lse) = B::cross_entropy_and_lse(h.clone(), w, targets.clone(), cap);
+        record([tracked], nll, move |grad| {
+            let (h, targets, lse) = (h.clone(), targets.clone(), lse.clone());
+            [primitive(B::cross_entropy_backward(h, &weight, targets, cap, lse, grad))]
+        })
     }
 }
 

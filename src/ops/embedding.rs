@@ -12,26 +12,12 @@ pub trait EmbeddingOps: Base + MatmulOps {
 
     /// Rows of the parameter `w[v, c]` by `ids[n]`.
     fn embed(ids: Tensor<Self, 1, Int>, w: &Param<Self::Plain>) -> Tensor<Self, 2> {
-        Self::lift(w.compute::<2>()).select(0, ids)
+        forward::<Self>(ids, w)
     }
 
     /// Adds the gradient of `w` to its buffer: `gw[v] = sum over n with id[n] = v of gy[n]`.
-    ///
-    /// The reference multiplies by one-hot rows, in chunks: its sum has a fixed order on every device.
     fn embed_backward(ids: Tensor<Self, 1, Int>, w: &Param<Self::Plain>, grad: Tensor<Self, 2>) {
-        if !w.is_trainable() {
-            return;
-        }
-        let (vocab, rows) = (w.shape()[0], ids.dims()[0]);
-        let columns = grad.dims()[1];
-        let chunk = (Self::ONE_HOT_ELEMENTS / vocab).clamp(1, rows);
-        for start in (0..rows).step_by(chunk) {
-            let len = chunk.min(rows - start);
-            let hot = one_hot(ids.clone().narrow(0, start, len), vocab, grad.dtype());
-            let part = grad.clone().slice([start..start + len, 0..columns]);
-            let dtype = accumulate_type(grad.dtype());
-            w.accumulate::<2>(Self::lower(Self::matmul_as(hot.transpose(), part, dtype)));
-        }
+        backward::<Self>(ids, w, grad);
     }
 }
 
@@ -43,6 +29,28 @@ impl<B: Plain> EmbeddingOps for Autodiff<B> {
         // without gradients.
         let weight = w.clone();
         rooted(output, move |grad| B::embed_backward(ids.clone(), &weight, grad))
+    }
+}
+
+/// The reference forward.
+pub fn forward<B: EmbeddingOps>(ids: Tensor<B, 1, Int>, w: &Param<B::Plain>) -> Tensor<B, 2> {
+    B::lift(w.compute::<2>()).select(0, ids)
+}
+
+/// The reference backward: a product with one-hot rows, in chunks, whose sum has a fixed order on every device.
+pub fn backward<B: EmbeddingOps>(ids: Tensor<B, 1, Int>, w: &Param<B::Plain>, grad: Tensor<B, 2>) {
+    if !w.is_trainable() {
+        return;
+    }
+    let (vocab, rows) = (w.shape()[0], ids.dims()[0]);
+    let columns = grad.dims()[1];
+    let chunk = (B::ONE_HOT_ELEMENTS / vocab).clamp(1, rows);
+    for start in (0..rows).step_by(chunk) {
+        let len = chunk.min(rows - start);
+        let hot = one_hot(ids.clone().narrow(0, start, len), vocab, grad.dtype());
+        let part = grad.clone().slice([start..start + len, 0..columns]);
+        let dtype = accumulate_type(grad.dtype());
+        w.accumulate::<2>(B::lower(B::matmul_as(hot.transpose(), part, dtype)));
     }
 }
 

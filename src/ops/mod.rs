@@ -43,6 +43,7 @@ pub use matmul::MatmulOps;
 pub use newton_schulz::NewtonSchulzOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
+pub use reduce::ReduceOps;
 pub use residual::ResidualOps;
 pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
@@ -82,6 +83,7 @@ pub trait Backend:
     + NewtonSchulzOps
     + OnePoleOps
     + ParamOps
+    + ReduceOps
     + ResidualOps
     + RmsNormOps
     + RopeOps
@@ -105,6 +107,7 @@ impl<B> Backend for B where
         + NewtonSchulzOps
         + OnePoleOps
         + ParamOps
+        + ReduceOps
         + ResidualOps
         + RmsNormOps
         + RopeOps

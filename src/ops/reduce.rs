@@ -1,7 +1,26 @@
 //! Sums with a fixed order: Burn's own whole-tensor sum adds with float atomics on GPUs, in an order that varies.
 
+use super::tape::{primitive, record, tensor};
+use super::{Autodiff, Base, Plain};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+
+/// The sum of a tensor, forward and backward.
+pub trait ReduceOps: Base {
+    /// The sum of `x[n]` as `[1]`.
+    fn total(x: Tensor<Self, 1>) -> Tensor<Self, 1> {
+        sum(x)
+    }
+}
+
+impl<B: Plain> ReduceOps for Autodiff<B> {
+    fn total(x: Tensor<Self, 1>) -> Tensor<Self, 1> {
+        let x = primitive(x);
+        let value: Tensor<B, 1> = tensor(x.primitive.clone());
+        let sizes = value.dims();
+        record([x], B::total(value), move |grad| [primitive(grad.expand(sizes))])
+    }
+}
 
 /// The sum of all elements of `x[n, c]` as `[1]`: rows first, then the rows' sums.
 pub fn sum_all<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 1> {

@@ -1,0 +1,93 @@
+//! The whole sum on every device against a sum in f64 on the host.
+//!
+//! Tolerance (DESIGN.md, parity rule): twice the error of the reference in f32 on the CPU, at least twice the distance
+//! between neighbouring numbers, as a share of the sum of magnitudes.
+
+mod common;
+
+use burn::tensor::{DType, Tensor, TensorData};
+use common::{Random, epsilon, round, targets};
+use fairway::Result;
+use fairway::backend::cpu::Cpu;
+use fairway::backend::{Job, Precision, Target, guard, run};
+use fairway::ops::{Autodiff, Plain, ReduceOps, reduce};
+
+/// One block's vectors and not, the first lengths of several blocks, and many.
+const LENGTHS: [usize; 11] = [1, 2, 31, 1023, 1028, 5003, 65_536, 131_072, 131_073, 131_076, 3_000_001];
+
+fn upload<B: Plain>(values: &[f64], device: &B::Device, precision: Precision) -> Tensor<B, 1> {
+    if precision == Precision::F64 {
+        return Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), (device, DType::F64));
+    }
+    let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+    let n = values.len();
+    Tensor::from_data(TensorData::new(values, [n]), (device, DType::F32))
+}
+
+fn download<B: Plain>(x: Tensor<B, 1>) -> Vec<f64> {
+    x.into_data().iter::<f64>().collect()
+}
+
+struct Sums;
+
+impl Job for Sums {
+    type Output = bool;
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
+        let precision = target.precision;
+        if precision == Precision::Bf16 {
+            println!("skipped: {} {precision}: losses and norms are f32", target.label);
+            return Ok(true);
+        }
+        let mut good = true;
+        for n in LENGTHS {
+            let mut random = Random(n as u64);
+            let values: Vec<f64> = (0..n).map(|_| round(random.uniform() + 0.1, precision)).collect();
+            let (exact, size) = (values.iter().sum::<f64>(), values.iter().map(|x| x.abs()).sum::<f64>());
+            let cpu = burn_ndarray::NdArrayDevice::Cpu;
+            let reference = download(reduce::sum(upload::<Cpu>(&values, &cpu, precision)))[0];
+            let error = |sum: f64| (sum - exact).abs() / size;
+            // The host's own sum is no better a measure of f64.
+            let least = if precision == Precision::F64 { n as f64 } else { 1.0 } * epsilon(precision);
+            let tolerance = 2.0 * error(reference).max(least);
+            let x = upload::<B>(&values, device, precision);
+            let sum = download(B::total(x.clone()));
+            let share = error(sum[0]) / tolerance;
+            println!(
+                "{} {precision} {n:>8}: {:.9e}, expected {exact:.9e}, {:.2e} of {tolerance:.2e} ({:.0}%)",
+                target.label,
+                sum[0],
+                error(sum[0]),
+                100.0 * share
+            );
+            good &= sum.len() == 1 && share <= 1.0;
+            for _ in 0..2 {
+                assert!(download(B::total(x.clone()))[0].to_bits() == sum[0].to_bits(), "{n}: differs");
+            }
+            if n > 9 {
+                // From an offset, aligned and not.
+                for start in [1, 4] {
+                    let part = download(B::total(x.clone().narrow(0, start, n - start)))[0];
+                    let expected = exact - values[..start].iter().sum::<f64>();
+                    good &= (part - expected).abs() / size <= tolerance;
+                }
+            }
+            let tracked = Tensor::<Autodiff<B>, 1>::from_inner(x).require_grad();
+            let total = <Autodiff<B> as ReduceOps>::total(tracked.clone());
+            let grads = total.mul_scalar(3.0).backward();
+            let grad = download(tracked.grad(&grads).expect("a gradient"));
+            assert!(grad.len() == n && grad.iter().all(|g| *g == 3.0), "{n}: the gradient");
+        }
+        Ok(good)
+    }
+}
+
+#[test]
+fn every_device_agrees_with_the_host() {
+    let failed: Vec<String> = targets()
+        .into_iter()
+        .filter(|target| !guard(target, || run(target, Sums)).unwrap())
+        .map(|target| format!("{} {}", target.label, target.precision))
+        .collect();
+    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
+}
