@@ -30,7 +30,6 @@ pub type Cuda = burn_cuda::Cuda<f32, i32>;
 
 crate::plain_backend!(Cuda);
 
-impl ActivationOps for Cuda {}
 impl AngleOps for Cuda {}
 impl AttentionOps for Cuda {}
 // 256 MB or 1 GB of f32 at once: few launches count more here than memory.
@@ -43,7 +42,6 @@ impl CrossEntropyOps for Cuda {
 impl EmbeddingOps for Cuda {
     const ONE_HOT_ELEMENTS: usize = 1 << 26;
 }
-impl LinearOps for Cuda {}
 impl OnePoleOps for Cuda {
     const ONE_POLE_ELEMENTS: usize = 1 << 28;
 }
@@ -65,7 +63,7 @@ impl MatmulOps for Cuda {
 }
 
 /// bf16 on Hopper's tensor cores; f32, and bf16 on other cards, without tensor cores.
-fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
+pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
     if cuda_matmul::takes(a, b, c) {
         cuda_matmul::product(a, b, c);
     } else {

@@ -10,6 +10,8 @@ pub mod source;
 pub mod tensor;
 pub mod wgpu;
 
+mod cuda_activation;
+mod cuda_linear;
 mod cuda_matmul;
 mod kernel_cache;
 mod matmul;
@@ -17,6 +19,7 @@ mod matmul_exact;
 mod probe_cpu;
 mod probe_cuda;
 mod probe_wgpu;
+mod views;
 
 pub use device::{DeviceChoice, DeviceInfo, Job, Precision, Target, devices, resolve, run};
 pub use guard::{MemoryUse, guard, is_out_of_memory, memory_use};

@@ -39,6 +39,7 @@ impl ConvOps for Wgpu {}
 impl CrossEntropyOps for Wgpu {}
 impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
+impl MlpOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
 impl ResidualOps for Wgpu {}

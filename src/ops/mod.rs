@@ -17,6 +17,7 @@ pub mod embedding;
 pub mod hash;
 pub mod linear;
 pub mod matmul;
+pub mod mlp;
 pub mod one_pole;
 pub mod param;
 pub mod reduce;
@@ -38,6 +39,7 @@ pub use cross_entropy::CrossEntropyOps;
 pub use embedding::EmbeddingOps;
 pub use linear::LinearOps;
 pub use matmul::MatmulOps;
+pub use mlp::MlpOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
 pub use residual::ResidualOps;
@@ -75,6 +77,7 @@ pub trait Backend:
     + EmbeddingOps
     + LinearOps
     + MatmulOps
+    + MlpOps
     + OnePoleOps
     + ParamOps
     + ResidualOps
@@ -96,6 +99,7 @@ impl<B> Backend for B where
         + EmbeddingOps
         + LinearOps
         + MatmulOps
+        + MlpOps
         + OnePoleOps
         + ParamOps
         + ResidualOps
