@@ -59,15 +59,18 @@ impl LinearOps for Cuda {
         }
         let x = input;
         let grads = grads.map(|grad| grad.map(|grad| matching(grad, x.dtype)));
+        let there = grads.each_ref().map(Option::is_some);
         let grad = beside(&x, grads, weights.map(|w| w.shape()[0]));
         let packed = packed(weights);
-        if weights.iter().all(|w| w.is_trainable()) {
+        if there.iter().all(|there| *there) && weights.iter().all(|w| w.is_trainable()) {
             accumulate_all(weights, &x, &grad);
         } else {
             let mut from = 0;
-            for w in weights {
+            for (w, there) in weights.into_iter().zip(there) {
                 let width = w.shape()[0];
-                accumulate(w, &x, &columns(&grad, from, width));
+                if there {
+                    accumulate(w, &x, &columns(&grad, from, width));
+                }
                 from += width;
             }
         }
