@@ -1,5 +1,7 @@
 //! Each op that has a kernel of its own, forward and backward, beside its reference: one file an op.
 
+mod activation;
+mod linear;
 mod matmul;
 mod rms_norm;
 mod tape;
@@ -77,6 +79,8 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     let mut bench = Bench::<P> { device, dtype, rows, rate, found: vec![copy] };
     rms_norm::time(&mut bench)?;
     matmul::time(&mut bench)?;
+    linear::time(&mut bench)?;
+    activation::time(&mut bench)?;
     tape::time(&mut bench)?;
     Ok(bench.found)
 }
