@@ -12,6 +12,8 @@
 //   0  x
 //   1  max(x, 0)^2: the squared ReLU. Its derivative is 2 sqrt(f), so a backward needs nothing but the stored output
 //   2  x 2 sqrt(e): the backward of 1 on an input gradient, e being 1's output
+//   3  leaky_relu(x)^2 with SLOPE below zero; e is written too: x itself, which the backward needs
+//   4  x 2 (e < 0 ? SLOPE^2 e : e): the backward of 3, e being what 3 wrote there
 //
 // Entries:
 //   matmul      (if TILE_N is defined) wants rows of a, b, c and e of a multiple of 16 bytes, for the copy engine
@@ -44,16 +46,28 @@
 // variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=float -DEPILOGUE=0
 // variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
 // variant: -DTILE_N=192 -DSTAGES=4 -DSTAGING=3 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=4 -DSLOPE=5e-1f
+// variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
+// variant: -DTILE_N=192 -DSTAGES=4 -DSTAGING=3 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DA_K_MAJOR=0 -DB_K_MAJOR=0 -DOUT=float -DEPILOGUE=0
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
+// variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
+// variant: -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=4 -DSLOPE=5e-1f
 
 #include <cuda_bf16.h>
 #include "common/hopper.cuh"
 
 typedef __nv_bfloat16 bf16;
 
-__device__ __forceinline__ float epilogue(float x, float e = 0.0f) {
+#define READS_E (EPILOGUE == 2 || EPILOGUE == 4)
+#define WRITES_E (EPILOGUE == 3)
+#define HAS_E (READS_E || WRITES_E)
+
+// RAW: what is written to e.
+template <bool RAW = false> __device__ __forceinline__ float epilogue(float x, float e = 0.0f) {
+    if (RAW) return x;
 #if EPILOGUE == 1
     x = x < 0.0f ? 0.0f : x; // NaN stays
     return x * x;
@@ -61,6 +75,11 @@ __device__ __forceinline__ float epilogue(float x, float e = 0.0f) {
     float root;
     asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(e));
     return x * (2.0f * root);
+#elif EPILOGUE == 3
+    x = x < 0.0f ? (SLOPE) * x : x;
+    return x * x;
+#elif EPILOGUE == 4
+    return x * (2.0f * (e < 0.0f ? (SLOPE) * (SLOPE) * e : e));
 #else
     return x;
 #endif
@@ -181,37 +200,56 @@ __device__ __forceinline__ void fetch_extra(const TensorMap &e_map, u32 staging,
 }
 
 // Two neighbours, as bf16; `e` holds theirs.
-__device__ __forceinline__ u32 pair(const float *x, u32 e) {
-    const float low = epilogue(x[0], __uint_as_float(e << 16));
-    const float high = epilogue(x[1], __uint_as_float(e & 0xffff0000u));
+template <bool RAW> __device__ __forceinline__ u32 pair(const float *x, u32 e) {
+    const float low = epilogue<RAW>(x[0], __uint_as_float(e << 16));
+    const float high = epilogue<RAW>(x[1], __uint_as_float(e & 0xffff0000u));
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const u32 *>(&both);
 }
 
 // Two neighbours, as f32, to where theirs of e lie.
-__device__ __forceinline__ void stage_pair(u32 place, const float *x) {
-    const float2 e = EPILOGUE == 2 ? load_pair(place) : make_float2(0.0f, 0.0f);
-    store_pair(place, epilogue(x[0], e.x), epilogue(x[1], e.y));
+template <bool RAW> __device__ __forceinline__ void stage_pair(u32 place, const float *x) {
+    const float2 e = READS_E ? load_pair(place) : make_float2(0.0f, 0.0f);
+    store_pair(place, epilogue<RAW>(x[0], e.x), epilogue<RAW>(x[1], e.y));
 }
 
 // A warp's 16 rows of COLUMNS columns, whose sums start at d[0], to a buffer's swizzled rows; e's lie there before.
-__device__ __forceinline__ void stage_chunk(const float *d, u32 buffer, int lane) {
+template <bool RAW> __device__ __forceinline__ void stage_chunk(const float *d, u32 buffer, int lane) {
     if constexpr (sizeof(OUT) == 2) {
         const u32 row = buffer + lane % 16 * 128;
 #pragma unroll
         for (int j = 0; j < 4; j++, d += 8) {
             const u32 place = row + ((2 * j + lane / 16) ^ (lane % 8)) * 16;
-            const uint4 e = EPILOGUE == 2 ? load_matrices(place) : make_uint4(0, 0, 0, 0);
-            store_matrices(place, pair(d, e.x), pair(d + 2, e.y), pair(d + 4, e.z), pair(d + 6, e.w));
+            const uint4 e = READS_E ? load_matrices(place) : make_uint4(0, 0, 0, 0);
+            store_matrices(place, pair<RAW>(d, e.x), pair<RAW>(d + 2, e.y), pair<RAW>(d + 4, e.z),
+                           pair<RAW>(d + 6, e.w));
         }
     } else {
         const u32 row = buffer + lane / 4 * 128 + lane % 2 * 8;
 #pragma unroll
         for (int j = 0; j < 4; j++, d += 4) {
             const u32 place = row + ((2 * j + lane % 4 / 2) ^ (lane / 4)) * 16;
-            stage_pair(place, d);
-            stage_pair(place + 8 * 128, d + 2);
+            stage_pair<RAW>(place, d);
+            stage_pair<RAW>(place + 8 * 128, d + 2);
         }
+    }
+}
+
+// Stages STAGING chunks of a warp's 16 rows, whose sums start at d[0], and sends them on their way; the warp.
+template <bool RAW>
+__device__ __forceinline__ void write_chunks(const float *d, const TensorMap &map, u32 staging, u32 column, u32 row,
+                                             u32 part, const Scalars &s, int lane) {
+#pragma unroll
+    for (int j = 0; j < STAGING; j++) stage_chunk<RAW>(d + j * (COLUMNS / 2), staging + j * CHUNK, lane);
+    fence_async();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+        for (int j = 0; j < STAGING; j++) {
+            const u32 to = column + j * COLUMNS;
+            if (row < s.m && to < s.n) copy_out(map, staging + j * CHUNK, to, row, part);
+        }
+        copy_out_commit();
     }
 }
 
@@ -239,7 +277,7 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
             if (slice == first) { // the divisions run beside the products
                 walk.place(index, part, row, column);
                 row += group * 64 + warp % 4 * 16;
-                if (EPILOGUE == 2 && lane == 0) fetch_extra(e_map, staging, extra, column, row, part);
+                if (READS_E && lane == 0) fetch_extra(e_map, staging, extra, column, row, part);
                 __syncwarp();
             }
             product_wait<1>();
@@ -255,7 +293,7 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
         for (int i = 0; i < TILE_N / 2; i++) asm volatile("" : "+f"(d[i])::"memory"); // no use before the wait
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk += STAGING) {
-            if constexpr (EPILOGUE == 2) {
+            if constexpr (READS_E) {
                 if (chunk > 0 && lane == 0) {
                     fetch_extra(e_map, staging, extra, column + chunk * COLUMNS, row, part);
                 }
@@ -266,19 +304,13 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
                 if (lane == 0) copy_out_wait();
                 __syncwarp();
             }
-#pragma unroll
-            for (int j = 0; j < STAGING; j++) {
-                stage_chunk(d + (chunk + j) * (COLUMNS / 2), staging + j * CHUNK, lane);
-            }
-            fence_async();
-            __syncwarp();
-            if (lane == 0) {
-#pragma unroll
-                for (int j = 0; j < STAGING; j++) {
-                    const u32 to = column + (chunk + j) * COLUMNS;
-                    if (row < s.m && to < s.n) copy_out(c_map, staging + j * CHUNK, to, row, part);
-                }
-                copy_out_commit();
+            const float *sums = d + chunk * (COLUMNS / 2);
+            const u32 at = column + chunk * COLUMNS;
+            write_chunks<false>(sums, c_map, staging, at, row, part, s, lane);
+            if constexpr (WRITES_E) {
+                if (lane == 0) copy_out_wait();
+                __syncwarp();
+                write_chunks<true>(sums, e_map, staging, at, row, part, s, lane);
             }
         }
     }
@@ -288,13 +320,13 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
 extern "C" __global__ void __launch_bounds__(384, 1)
     matmul(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
            const __grid_constant__ TensorMap c_map,
-#if EPILOGUE == 2
-           const __grid_constant__ TensorMap e_map, const bf16 *, const bf16 *, OUT *, const OUT *,
+#if HAS_E
+           const __grid_constant__ TensorMap e_map, const bf16 *, const bf16 *, OUT *, OUT *,
 #else
            const bf16 *, const bf16 *, OUT *,
 #endif
            const __grid_constant__ Scalars s) {
-#if EPILOGUE != 2
+#if !HAS_E
     const TensorMap &e_map = c_map; // not used
 #endif
     extern __shared__ unsigned char shared[];
@@ -349,8 +381,8 @@ __device__ __forceinline__ void load_tile(bf16 (*to)[PITCH], const bf16 *from, u
 // Grid: (tiles of 64 rows, tiles of 64 columns, batches * splits), 128 threads; each warp takes 32 x 32.
 extern "C" __global__ void __launch_bounds__(128)
     matmul_any(const bf16 *__restrict__ a, const bf16 *__restrict__ b, OUT *__restrict__ c,
-#if EPILOGUE == 2
-               const OUT *__restrict__ e,
+#if HAS_E
+               OUT *__restrict__ e,
 #endif
                const __grid_constant__ Scalars s) {
     __shared__ __align__(16) bf16 a_tile[ANY_TILE][PITCH], b_tile[ANY_TILE][PITCH];
@@ -405,16 +437,19 @@ extern "C" __global__ void __launch_bounds__(128)
         const u64 r = row + warp_row + i * 16 + lane / 4 + part / 2 * 8;
         const u64 q = column + warp_column + j * 8 + lane % 4 * 2 + part % 2;
         if (r >= s.m || q >= s.n) continue;
-#if EPILOGUE == 2
+#if READS_E
         const float other = (float)e[blockIdx.z * s.m * s.n + r * s.n + q];
 #else
         const float other = 0.0f;
+#endif
+#if WRITES_E
+        from_float(e[blockIdx.z * s.m * s.n + r * s.n + q], d[i][j][part]);
 #endif
         from_float(c[r * s.n + q], epilogue(d[i][j][part], other));
     }
 }
 
-#if EPILOGUE != 2
+#if !HAS_E
 
 #define SUM_BATCH 8 // loads in flight a thread
 

@@ -23,6 +23,7 @@ impl EmbeddingOps for Cpu {
     const ONE_HOT_ELEMENTS: usize = 1 << 21;
 }
 impl LinearOps for Cpu {}
+impl MlpOps for Cpu {}
 impl MatmulOps for Cpu {}
 impl NewtonSchulzOps for Cpu {}
 impl OnePoleOps for Cpu {

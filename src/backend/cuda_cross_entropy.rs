@@ -157,7 +157,7 @@ impl Head {
         match before {
             // This call's own, which nothing else holds.
             Some(sum) if cuda_matmul::takes(&a, &b, &sum) => {
-                cuda_matmul::add_product(&a, &b, &sum);
+                cuda_matmul::product_added(&a, &b, &sum);
                 sum
             }
             before => {

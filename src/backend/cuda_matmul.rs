@@ -19,41 +19,103 @@ const DEPTH: usize = 64;
 /// The most terms of one f32 sum: the tensor cores truncate, about 1e-5 of a sum of random signs over so many.
 const MOST_TERMS: usize = 16_384;
 
-/// A factor as the kernel reads it: dense, with k as its last size or not.
+/// What becomes of each element of a product before it is stored (`cuda/matmul.cu`). The tensors have the product's
+/// sizes and type, and are dense.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Epilogue<'a> {
+    /// Nothing.
+    None,
+    /// `max(x, 0)^2`.
+    Squared,
+    /// `x 2 sqrt(e)`, `e` being what `Squared` gave.
+    SquaredBackward(&'a CubeTensor<CudaRuntime>),
+    /// `leaky_relu(x)^2` with this slope below zero; `x` itself is written to the tensor.
+    LeakySquared(f64, &'a CubeTensor<CudaRuntime>),
+    /// `x 2 (e < 0 ? slope^2 e : e)`, `e` being what `LeakySquared` wrote.
+    LeakySquaredBackward(f64, &'a CubeTensor<CudaRuntime>),
+}
+
+impl<'a> Epilogue<'a> {
+    /// Its number in the kernel, its slope if it has one, and the tensor beside the product if there is one.
+    fn parts(self) -> (u8, Option<f64>, Option<&'a CubeTensor<CudaRuntime>>) {
+        match self {
+            Self::None => (0, None, None),
+            Self::Squared => (1, None, None),
+            Self::SquaredBackward(e) => (2, None, Some(e)),
+            Self::LeakySquared(slope, e) => (3, Some(slope), Some(e)),
+            Self::LeakySquaredBackward(slope, e) => (4, Some(slope), Some(e)),
+        }
+    }
+}
+
+/// A factor as the kernel reads it: rows of consecutive elements, with k as its last size or not.
 struct Factor {
     tensor: CubeTensor<CudaRuntime>,
     k_major: bool,
-    /// `[z, rows, columns]` of the dense tensor.
+    /// `[z, rows, columns]`.
     shape: [usize; 3],
+    /// From one row to the next, in elements; more than the columns only where z is 1.
+    pitch: usize,
 }
 
 impl Factor {
-    /// The factor whose last two sizes are `[rows, k]` (or `[k, rows]`), in place where it or its transpose is dense.
+    /// The factor whose last two sizes are `[rows, k]` (or `[k, rows]`), in place where it or its transpose has rows of
+    /// consecutive elements.
     fn new(x: &CubeTensor<CudaRuntime>, k_last: bool) -> Self {
-        let sizes: Vec<usize> = x.meta.shape().iter().copied().collect();
-        let strides: Vec<usize> = x.meta.strides().iter().copied().collect();
+        let (sizes, strides) = layout(x);
         let rank = sizes.len();
         let batch = sizes[..rank - 2].iter().product();
         let (mut swapped, mut swapped_strides) = (sizes.clone(), strides.clone());
         swapped.swap(rank - 2, rank - 1);
         swapped_strides.swap(rank - 2, rank - 1);
-        if !is_dense(&sizes, &strides) && is_dense(&swapped, &swapped_strides) {
-            let shape = [batch, swapped[rank - 2], swapped[rank - 1]];
-            return Self { tensor: dense_view(x, shape), k_major: !k_last, shape };
+        for (sizes, strides, k_major) in [(&sizes, &strides, k_last), (&swapped, &swapped_strides, !k_last)] {
+            if let Some(pitch) = pitch(sizes, strides) {
+                let shape = [batch, sizes[rank - 2], sizes[rank - 1]];
+                return Self { tensor: x.clone(), k_major, shape, pitch };
+            }
         }
         let shape = [batch, sizes[rank - 2], sizes[rank - 1]];
-        let x = if is_dense(&sizes, &strides) { x.clone() } else { into_contiguous(x.clone()) };
-        Self { tensor: dense_view(&x, shape), k_major: k_last, shape }
+        Self { tensor: into_contiguous(x.clone()), k_major: k_last, shape, pitch: shape[2] }
     }
 
     /// Whether the copy engine can read it.
     fn is_aligned(&self) -> bool {
-        is_aligned(&self.tensor, self.shape[2])
+        is_aligned(&self.tensor, self.pitch)
     }
 
     fn map(&self) -> TensorMap<'_> {
-        map(&self.tensor, self.shape, [1, DEPTH, 64])
+        let strides = vec![self.shape[1] * self.pitch, self.pitch, 1];
+        TensorMap { strides, ..map(&self.tensor, self.shape, [1, DEPTH, 64]) }
     }
+
+    /// The factor without gaps between its rows.
+    fn dense(self) -> Self {
+        let [batch, rows, columns] = self.shape;
+        if self.pitch == columns {
+            return Self { tensor: dense_view(&self.tensor, self.shape), ..self };
+        }
+        let strides = [rows * self.pitch, self.pitch, 1];
+        let rows =
+            CubeTensor { meta: Box::new(Metadata::new([batch, rows, columns], strides)), ..self.tensor };
+        Self { tensor: into_contiguous(rows), pitch: columns, ..self }
+    }
+}
+
+fn layout(x: &CubeTensor<CudaRuntime>) -> (Vec<usize>, Vec<usize>) {
+    (x.meta.shape().iter().copied().collect(), x.meta.strides().iter().copied().collect())
+}
+
+/// From one row to the next, if the last size is of consecutive elements and the outer ones are dense over the rows; if
+/// there is one matrix only, its rows may have gaps.
+fn pitch(sizes: &[usize], strides: &[usize]) -> Option<usize> {
+    let rank = sizes.len();
+    let (rows, columns) = (sizes[rank - 2], sizes[rank - 1]);
+    if is_dense(sizes, strides) {
+        return Some(columns);
+    }
+    let is_one = sizes[..rank - 2].iter().all(|size| *size == 1);
+    let pitch = if rows == 1 { columns } else { strides[rank - 2] };
+    (is_one && (columns == 1 || strides[rank - 1] == 1) && pitch >= columns).then_some(pitch)
 }
 
 /// Whether sizes and strides are those of a dense row-major tensor.
@@ -118,39 +180,58 @@ pub(super) fn takes(
     b: &CubeTensor<CudaRuntime>,
     c: &CubeTensor<CudaRuntime>,
 ) -> bool {
-    let is_hopper = probe_cuda::devices()
-        .is_ok_and(|devices| devices.get(a.device.index).is_some_and(|device| device.capability == (9, 0)));
     let sizes = |x: &CubeTensor<CudaRuntime>| -> Vec<usize> { x.meta.shape().iter().copied().collect() };
     let (a_sizes, b_sizes, c_sizes) = (sizes(a), sizes(b), sizes(c));
     let outer = a_sizes.len() - 2;
-    is_hopper
+    is_hopper(a)
         && a.dtype == DType::BF16
         && matches!(c.dtype, DType::BF16 | DType::F32)
         && a_sizes[..outer] == b_sizes[..outer]
         && c_sizes.iter().chain(&a_sizes).all(|size| *size > 0)
 }
 
+/// Whether a product with this factor is the kernel's (if the other and the output suit it, [`takes`]).
+pub(super) fn takes_factor(x: &CubeTensor<CudaRuntime>) -> bool {
+    x.dtype == DType::BF16 && is_hopper(x) && x.meta.shape().iter().all(|size| *size > 0)
+}
+
+fn is_hopper(x: &CubeTensor<CudaRuntime>) -> bool {
+    probe_cuda::devices()
+        .is_ok_and(|devices| devices.get(x.device.index).is_some_and(|device| device.capability == (9, 0)))
+}
+
 /// `c = a b` over the last two sizes, into a dense `c`.
 pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
-    product_into(a, b, c, false);
+    multiply(a, b, c, Epilogue::None, false);
 }
 
-/// `c += a b` over the last two sizes, into a dense f32 `c`.
-pub(super) fn add_product(
+/// [`product`] with an epilogue.
+pub(super) fn product_with(
+    a: &CubeTensor<CudaRuntime>,
+    b: &CubeTensor<CudaRuntime>,
+    c: &CubeTensor<CudaRuntime>,
+    epilogue: Epilogue,
+) {
+    multiply(a, b, c, epilogue, false);
+}
+
+/// `c += a b`, in place.
+pub(super) fn product_added(
     a: &CubeTensor<CudaRuntime>,
     b: &CubeTensor<CudaRuntime>,
     c: &CubeTensor<CudaRuntime>,
 ) {
-    product_into(a, b, c, true);
+    multiply(a, b, c, Epilogue::None, true);
 }
 
-fn product_into(
+fn multiply(
     a: &CubeTensor<CudaRuntime>,
     b: &CubeTensor<CudaRuntime>,
     c: &CubeTensor<CudaRuntime>,
+    epilogue: Epilogue,
     accumulate: bool,
 ) {
-    let (a, b) = (Factor::new(a, true), Factor::new(b, false));
+    let (mut a, mut b) = (Factor::new(a, true), Factor::new(b, false));
     let [z, rows, columns] = a.shape;
     let (m, k) = if a.k_major { (rows, columns) } else { (columns, rows) };
     let n = if b.k_major { b.shape[1] } else { b.shape[2] };
@@ -158,19 +239,28 @@ fn product_into(
         c.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
     // A long sum into few tiles (a weight's gradient) is split over the multiprocessors.
     let few = m.div_ceil(128) * n.div_ceil(128) * z < multiprocessors && k > 4096;
-    let (width, parts) = choose(m, n, k, z, few && c.dtype == DType::F32, multiprocessors);
+    let (number, slope, beside) = epilogue.parts();
+    let splits = few && c.dtype == DType::F32 && number == 0;
+    let (width, parts) = choose(m, n, k, z, splits, multiprocessors);
     let c = dense_view(c, [z, m, n]);
-    let through_sum = parts > 1 || accumulate;
-    let out = if through_sum { empty(&c, [z * parts, m, n], DType::F32) } else { c.clone() };
+    let beside = beside.map(|e| {
+        assert!(e.dtype == c.dtype && e.meta.num_elements() == z * m * n, "what an epilogue has beside c");
+        dense_view(e, [z, m, n])
+    });
+    // What the parts of k leave, or what is yet to be added.
+    let summed = parts > 1 || accumulate;
+    let out = if summed { empty(&c, [z * parts, m, n], DType::F32) } else { c.clone() };
     let sizes = [m, n, k, z, parts].map(|size| size as u64);
     let flag = |on: bool| u8::from(on).to_string();
     let mut constants = vec![
         ("A_K_MAJOR", flag(a.k_major)),
         ("B_K_MAJOR", flag(b.k_major)),
         ("OUT", element(out.dtype).to_string()),
-        ("EPILOGUE", "0".to_string()),
+        ("EPILOGUE", number.to_string()),
     ];
-    if a.is_aligned() && b.is_aligned() && is_aligned(&out, n) {
+    constants.extend(slope.map(|slope| ("SLOPE", format!("{:e}f", slope as f32))));
+    let aligned = |x: &CubeTensor<CudaRuntime>| is_aligned(x, n);
+    if a.is_aligned() && b.is_aligned() && aligned(&out) && beside.as_ref().is_none_or(aligned) {
         let (stages, staging) = stages(width);
         let tiles = m.div_ceil(128) * n.div_ceil(width) * z * parts;
         for (name, value) in [("TILE_N", width), ("STAGES", stages), ("STAGING", staging)] {
@@ -184,7 +274,9 @@ fn product_into(
             shared_bytes: 1024 + stages * ((2 + width / 64) * 8192 + 16) + 8 * (staging * 2048 + 8),
         };
         let chunk = 128 / out.elem_size();
-        let maps = [a.map(), b.map(), map(&out, [z * parts, m, n], [1, 16, chunk])];
+        let written = |x, depth| map(x, [depth, m, n], [1, 16, chunk]);
+        let mut maps = vec![a.map(), b.map(), written(&out, z * parts)];
+        maps.extend(beside.as_ref().map(|e| written(e, z)));
         let operations = 2.0 * (m * n) as f64 * (k * z) as f64;
         let arguments = Arguments { maps: &maps, scalars: &sizes, operations, ..Default::default() };
         launch(kernel, [tiles.min(multiprocessors) as u32, 1, 1], arguments);
@@ -192,15 +284,17 @@ fn product_into(
         let kernel =
             CudaKernel { source: &MATMUL, entry: "matmul_any", constants, block: 128, shared_bytes: 0 };
         let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, (z * parts) as u32];
-        let buffers = [&a.tensor, &b.tensor, &out];
+        (a, b) = (a.dense(), b.dense());
+        let mut buffers = vec![&a.tensor, &b.tensor, &out];
+        buffers.extend(&beside);
         launch(kernel, grid, Arguments { buffers: &buffers, scalars: &sizes, ..Default::default() });
     }
-    if through_sum {
+    if summed {
         sum_parts(&out, &c, [m * n, z, parts], accumulate, multiprocessors);
     }
 }
 
-/// Adds the parts of a product in order, and what `c` holds if it is to `accumulate`.
+/// Adds the parts of a product in order, to what `c` holds if so asked.
 fn sum_parts(
     parts: &CubeTensor<CudaRuntime>,
     c: &CubeTensor<CudaRuntime>,

@@ -13,6 +13,8 @@ pub mod wgpu;
 
 mod cuda_cross_entropy;
 mod cuda_embedding;
+mod cuda_activation;
+mod cuda_linear;
 mod cuda_matmul;
 mod cuda_newton_schulz;
 mod cuda_update;
@@ -23,6 +25,7 @@ mod matmul_exact;
 mod probe_cpu;
 mod probe_cuda;
 mod probe_wgpu;
+mod views;
 
 pub use device::{DeviceChoice, DeviceInfo, Job, Precision, Target, devices, resolve, run};
 pub use guard::{MemoryUse, guard, is_out_of_memory, memory_use};

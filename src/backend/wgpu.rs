@@ -40,6 +40,7 @@ impl CrossEntropyOps for Wgpu {}
 impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
 impl NewtonSchulzOps for Wgpu {}
+impl MlpOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
 impl ReduceOps for Wgpu {}

@@ -2,6 +2,8 @@
 
 mod cross_entropy;
 mod embedding;
+mod activation;
+mod linear;
 mod matmul;
 mod newton_schulz;
 mod reduce;
@@ -85,6 +87,8 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     cross_entropy::time(&mut bench)?;
     embedding::time(&mut bench)?;
     reduce::time(&mut bench)?;
+    linear::time(&mut bench)?;
+    activation::time(&mut bench)?;
     tape::time(&mut bench)?;
     newton_schulz::time(&mut bench)?;
     update::time(&mut bench)?;

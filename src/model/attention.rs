@@ -148,10 +148,10 @@ impl<P: Plain> Attention<P> {
             let y = B::rms_norm(y.reshape([rows * heads, head_dim]), rms_eps);
             B::rope(y.reshape([batch, time, heads, head_dim]), inputs.rope)
         };
-        let q = rotated(B::project(x.clone(), &self.c_q), heads);
+        let [q, k, mut v] = B::project_many(x.clone(), [&self.c_q, &self.c_k, &self.c_v]);
+        let q = rotated(q, heads);
         let q = B::head_gain(q, &self.q_gain);
-        let mut k = rotated(B::project(x.clone(), &self.c_k), groups);
-        let mut v = B::project(x.clone(), &self.c_v);
+        let mut k = rotated(k, groups);
         if let Some(embedding) = inputs.value_embedding {
             v = v + embedding;
         }

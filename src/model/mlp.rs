@@ -71,15 +71,14 @@ impl<P: Plain> Mlp<P> {
 
     /// Rows `x[n, c]` (normed) to `y[n, c]`.
     pub fn forward<B: Backend<Plain = P>>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        if let Some(up) = &self.up {
+            let [gate, up] = B::project_many(x, [&self.inner, up]);
+            return B::project(B::silu_gate(up, gate), &self.last);
+        }
         let slope = match self.form {
             MlpForm::Squared(slope) => slope,
-            MlpForm::SwiGlu => 0.0,
+            MlpForm::SwiGlu => unreachable!("a gated MLP has two inner projections"),
         };
-        let inner = B::project(x.clone(), &self.inner);
-        let hidden = match &self.up {
-            Some(up) => B::silu_gate(B::project(x, up), inner),
-            None => B::leaky_relu_squared(inner, slope),
-        };
-        B::project(hidden, &self.last)
+        B::squared_mlp(x, &self.inner, &self.last, slope)
     }
 }

@@ -20,7 +20,7 @@ pub trait ActivationOps: Backend {
 
     /// `x silu(gate)`: the gated pair of SwiGLU, and the gate of the state space layers.
     fn silu_gate<const D: usize>(x: Tensor<Self, D>, gate: Tensor<Self, D>) -> Tensor<Self, D> {
-        x * silu(gate)
+        silu_gate(x, gate)
     }
 
     /// The gradients of `x` and `gate`: `gy silu(gate)` and `gy x s (1 + gate (1 - s))`, `s = sigmoid(gate)`.
@@ -29,7 +29,7 @@ pub trait ActivationOps: Backend {
         gate: Tensor<Self, D>,
         grad: Tensor<Self, D>,
     ) -> [Tensor<Self, D>; 2] {
-        [grad.clone() * silu(gate.clone()), silu_backward(gate, grad * x)]
+        silu_gate_backward(x, gate, grad)
     }
 
     /// `x sigmoid(x)`.
@@ -49,7 +49,7 @@ pub trait ActivationOps: Backend {
 
     /// The gradient of `x` from the output `y`: `gy y (1 - y)`.
     fn logistic_backward<const D: usize>(y: Tensor<Self, D>, grad: Tensor<Self, D>) -> Tensor<Self, D> {
-        grad * y.clone() * y.neg().add_scalar(1.0)
+        logistic_backward(y, grad)
     }
 
     /// `log(1 + exp(x))`.
@@ -59,7 +59,7 @@ pub trait ActivationOps: Backend {
 
     /// The gradient of `x`: `gy sigmoid(x)`.
     fn softplus_backward<const D: usize>(x: Tensor<Self, D>, grad: Tensor<Self, D>) -> Tensor<Self, D> {
-        grad * sigmoid(x)
+        softplus_backward(x, grad)
     }
 }
 
@@ -134,7 +134,32 @@ pub fn silu<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
     (x.clone() * sigmoid(x)).cast(dtype)
 }
 
-fn silu_backward<B: Backend, const D: usize>(x: Tensor<B, D>, grad: Tensor<B, D>) -> Tensor<B, D> {
+/// `x silu(gate)`.
+pub fn silu_gate<B: Backend, const D: usize>(x: Tensor<B, D>, gate: Tensor<B, D>) -> Tensor<B, D> {
+    x * silu(gate)
+}
+
+/// The gradients of `x` and `gate`.
+pub fn silu_gate_backward<B: Backend, const D: usize>(
+    x: Tensor<B, D>,
+    gate: Tensor<B, D>,
+    grad: Tensor<B, D>,
+) -> [Tensor<B, D>; 2] {
+    [grad.clone() * silu(gate.clone()), silu_backward(gate, grad * x)]
+}
+
+/// The gradient of the logistic sigmoid's input from its output.
+pub fn logistic_backward<B: Backend, const D: usize>(y: Tensor<B, D>, grad: Tensor<B, D>) -> Tensor<B, D> {
+    grad * y.clone() * y.neg().add_scalar(1.0)
+}
+
+/// The gradient of softplus' input.
+pub fn softplus_backward<B: Backend, const D: usize>(x: Tensor<B, D>, grad: Tensor<B, D>) -> Tensor<B, D> {
+    grad * sigmoid(x)
+}
+
+/// The gradient of silu's input.
+pub fn silu_backward<B: Backend, const D: usize>(x: Tensor<B, D>, grad: Tensor<B, D>) -> Tensor<B, D> {
     let dtype = x.dtype();
     let wide = accumulate_type(dtype);
     let x = x.cast(wide);

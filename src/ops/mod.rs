@@ -18,6 +18,7 @@ pub mod hash;
 pub mod linear;
 pub mod matmul;
 pub mod newton_schulz;
+pub mod mlp;
 pub mod one_pole;
 pub mod param;
 pub mod reduce;
@@ -41,6 +42,7 @@ pub use embedding::EmbeddingOps;
 pub use linear::LinearOps;
 pub use matmul::MatmulOps;
 pub use newton_schulz::NewtonSchulzOps;
+pub use mlp::MlpOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
 pub use reduce::ReduceOps;
@@ -81,6 +83,7 @@ pub trait Backend:
     + LinearOps
     + MatmulOps
     + NewtonSchulzOps
+    + MlpOps
     + OnePoleOps
     + ParamOps
     + ReduceOps
@@ -105,6 +108,7 @@ impl<B> Backend for B where
         + LinearOps
         + MatmulOps
         + NewtonSchulzOps
+        + MlpOps
         + OnePoleOps
         + ParamOps
         + ReduceOps

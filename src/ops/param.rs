@@ -7,7 +7,7 @@ use super::{Autodiff, Base, Plain};
 use burn::tensor::{DType, Tensor, TensorMetadata};
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 type Primitive<B> = <B as burn::tensor::backend::BackendTypes>::FloatTensorPrimitive;
@@ -15,9 +15,30 @@ type Primitive<B> = <B as burn::tensor::backend::BackendTypes>::FloatTensorPrimi
 struct State<B: Plain> {
     value: Primitive<B>,
     compute: Primitive<B>,
+    /// Of the computing copy: no other has had this number.
+    version: u64,
     form: WeightForm,
     /// Of the computing copy.
     grad: Option<Primitive<B>>,
+}
+
+impl<B: Plain> State<B> {
+    /// Takes another computing copy: the only place where it changes.
+    fn renew(&mut self, compute: Primitive<B>) {
+        self.compute = compute;
+        self.version = next_version();
+    }
+}
+
+fn next_version() -> u64 {
+    static VERSIONS: AtomicU64 = AtomicU64::new(0);
+    VERSIONS.fetch_add(1, Ordering::Relaxed)
+}
+
+/// What was made of the computing copies of these versions.
+struct Joint<B: Plain> {
+    versions: Vec<u64>,
+    made: Primitive<B>,
 }
 
 struct Inner<B: Plain> {
@@ -26,6 +47,8 @@ struct Inner<B: Plain> {
     compute_type: DType,
     trainable: AtomicBool,
     state: Mutex<State<B>>,
+    /// Of this parameter with others after it.
+    joint: Mutex<Option<Joint<B>>>,
 }
 
 /// A named parameter on a device; a clone is another handle to the same one.
@@ -76,9 +99,11 @@ impl<B: Plain> Param<B> {
             state: Mutex::new(State {
                 value: primitive(flat.clone()),
                 compute: primitive(flat.clone()),
+                version: next_version(),
                 form: WeightForm::Full,
                 grad: None,
             }),
+            joint: Mutex::new(None),
         };
         let param = Self(Arc::new(param));
         param.set_flat(flat);
@@ -131,6 +156,27 @@ impl<B: Plain> Param<B> {
         tensor(B::float_reshape(self.state().compute.clone(), [rows, columns].into()))
     }
 
+    /// What `make` makes of the computing copies of several parameters, kept until one of them has a new copy.
+    pub fn joint<const N: usize>(
+        params: [&Self; N],
+        make: impl FnOnce([Primitive<B>; N]) -> Primitive<B>,
+    ) -> Primitive<B> {
+        let read = params.map(|param| {
+            let state = param.state();
+            (state.version, state.compute.clone())
+        });
+        let versions = read.each_ref().map(|(version, _)| *version);
+        let mut joint = params[0].0.joint.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*joint {
+            Some(joint) if joint.versions == versions => joint.made.clone(),
+            _ => {
+                let made = make(read.map(|(_, compute)| compute));
+                *joint = Some(Joint { versions: versions.to_vec(), made: made.clone() });
+                made
+            }
+        }
+    }
+
     /// The master value as one row of all elements.
     pub fn flat(&self) -> Tensor<B, 1> {
         flatten(self.state().value.clone())
@@ -170,7 +216,7 @@ impl<B: Plain> Param<B> {
         let compute = self.copy_of(value.clone(), form);
         let mut state = self.state();
         state.value = value;
-        state.compute = compute;
+        state.renew(compute);
     }
 
     /// The type of the computing copy where that is a cast of the master value: not where it is the value itself, or a
@@ -224,7 +270,7 @@ impl<B: Plain> Param<B> {
             let compute = self.copy_of(self.state().value.clone(), form);
             let mut state = self.state();
             state.form = form;
-            state.compute = compute;
+            state.renew(compute);
         }
     }
 
@@ -283,6 +329,25 @@ impl<B: Plain> Param<B> {
             None => grad,
         };
         state.grad = Some(B::float_reshape(primitive(sum), held.into()));
+    }
+
+    /// Lets `add` add into the gradient buffers of several different parameters at once: it is given those that there
+    /// are, no other reference to them kept here, and gives them all back, in the parameters' sizes and the master
+    /// values' type.
+    pub fn accumulate_with<const N: usize>(
+        params: [&Self; N],
+        add: impl FnOnce([Option<Primitive<B>>; N]) -> [Primitive<B>; N],
+    ) {
+        let sums = add(params.map(|param| param.state().grad.take()));
+        for (param, sum) in params.into_iter().zip(sums) {
+            debug_assert_eq!(sum.shape().num_elements(), param.numel(), "a gradient of {}", param.name());
+            param.state().grad = Some(sum);
+        }
+    }
+
+    /// Whether both are the same parameter.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// Adds `grad` (`[rows.len(), n]`) into rows of the gradient buffer, rows as [`Self::compute_rows`] has them.

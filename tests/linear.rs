@@ -1,0 +1,571 @@
+//! Linear layers on every device: one projection, several of one input, the squared MLP; forward and backward against
+//! f64 on the host, with gradients that add up and inputs that are views.
+//!
+//! Tolerance (DESIGN.md, parity rule): twice the error of the same computation in f64 on the host with each intermediate
+//! rounded to the device's precision, at least twice the distance between neighbouring numbers of the tensor's own type,
+//! and the rounding of f32 sums beside it (those of bf16 are on tensor cores, which truncate). Errors are shares of the
+//! tensor's root mean square.
+
+mod common;
+
+use burn::tensor::{DType, Tensor, TensorData};
+use common::{Random, epsilon, round, targets, worst};
+use fairway::Result;
+use fairway::backend::cpu::Cpu;
+use fairway::backend::{Job, Precision, Target, guard, run};
+use fairway::ops::{ActivationOps, Autodiff, LinearOps, MlpOps, Param, Plain};
+
+/// A matrix on the host.
+#[derive(Debug, Clone, PartialEq)]
+struct Matrix {
+    rows: usize,
+    columns: usize,
+    at: Vec<f64>,
+}
+
+impl Matrix {
+    fn random(rows: usize, columns: usize, scale: f64, precision: Precision, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let at = (0..rows * columns).map(|_| round(random.uniform() * scale, precision)).collect();
+        Self { rows, columns, at }
+    }
+
+    fn transposed(&self) -> Self {
+        let at = (0..self.at.len()).map(|i| self.at[i % self.rows * self.columns + i / self.rows]).collect();
+        Self { rows: self.columns, columns: self.rows, at }
+    }
+
+    fn times(&self, other: &Self) -> Self {
+        assert_eq!(self.columns, other.rows);
+        let mut at = vec![0.0; self.rows * other.columns];
+        for (row, out) in self.at.chunks(self.columns).zip(at.chunks_mut(other.columns)) {
+            for (x, other) in row.iter().zip(other.at.chunks(other.columns)) {
+                out.iter_mut().zip(other).for_each(|(out, w)| *out += x * w);
+            }
+        }
+        Self { rows: self.rows, columns: other.columns, at }
+    }
+
+    fn map(&self, f: impl Fn(f64) -> f64) -> Self {
+        Self { at: self.at.iter().map(|x| f(*x)).collect(), ..*self }
+    }
+
+    fn with(&self, other: &Self, f: impl Fn(f64, f64) -> f64) -> Self {
+        assert_eq!((self.rows, self.columns), (other.rows, other.columns));
+        Self { at: self.at.iter().zip(&other.at).map(|(a, b)| f(*a, *b)).collect(), ..*self }
+    }
+
+    fn plus(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a + b)
+    }
+
+    /// The columns of several matrices side by side.
+    fn beside(parts: &[&Self]) -> Self {
+        let rows = parts[0].rows;
+        let row = |r: usize| parts.iter().flat_map(move |p| &p.at[r * p.columns..][..p.columns]).copied();
+        let at: Vec<f64> = (0..rows).flat_map(row).collect();
+        Self { rows, columns: at.len() / rows, at }
+    }
+
+    fn upload<B: Plain>(&self, device: &B::Device, dtype: DType) -> Tensor<B, 2> {
+        let shape = [self.rows, self.columns];
+        if dtype == DType::F64 {
+            return Tensor::from_data(TensorData::new(self.at.clone(), shape), (device, dtype));
+        }
+        let values: Vec<f32> = self.at.iter().map(|v| *v as f32).collect();
+        Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32)).cast(dtype)
+    }
+
+    /// On the device in columns `from..` of a wider matrix: a view where the device makes one.
+    fn upload_within<B: Plain>(&self, from: usize, device: &B::Device, dtype: DType) -> Tensor<B, 2> {
+        let side = Self { rows: self.rows, columns: from, at: vec![f64::NAN; self.rows * from] };
+        let wide = Self::beside(&[&side, self, &side]).upload::<B>(device, dtype);
+        wide.slice([0..self.rows, from..from + self.columns])
+    }
+
+    fn param<B: Plain>(&self, name: &str, device: &B::Device, dtype: DType) -> Param<B> {
+        let master = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        Param::new(name, self.upload::<B>(device, master), dtype)
+    }
+}
+
+fn download<B: Plain, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+fn grad<B: Plain>(w: &Param<B>) -> Vec<f64> {
+    download(w.grad::<2>().unwrap_or_else(|| panic!("no gradient of {}", w.name())))
+}
+
+/// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.
+fn poison<B: Plain>(elements: usize, device: &B::Device, dtype: DType) {
+    let types = [dtype, if dtype == DType::F64 { dtype } else { DType::F32 }];
+    let poison: Vec<Tensor<B, 1>> =
+        (0..6).map(|i| Tensor::full([elements], f32::NAN, (device, types[i % 2]))).collect();
+    drop(poison);
+}
+
+/// What a case has found: prints a line for each tensor, and knows whether all were within their tolerance.
+struct Ledger<'a> {
+    target: &'a Target,
+    case: String,
+    good: bool,
+}
+
+impl Ledger<'_> {
+    /// Holds `got` against `exact`; `rounded` is what the reference gives with rounded intermediates, `terms` the longest
+    /// sum behind an element.
+    fn check(&mut self, what: &str, got: &[f64], exact: &Matrix, rounded: &Matrix, terms: usize) {
+        let precision = self.target.precision;
+        // Gradients of weights are f32 where the activations are bf16.
+        let is_wide = what.contains("gw");
+        let square = exact.at.iter().map(|x| x * x).sum::<f64>() / exact.at.len() as f64;
+        let scale = square.sqrt().max(f64::MIN_POSITIVE);
+        assert_eq!(got.len(), exact.at.len(), "{what}");
+        let found = worst(got, &exact.at, exact.columns, |_| scale);
+        let reference = worst(&rounded.at, &exact.at, exact.columns, |_| scale).error;
+        // A sum of products of random signs, each partial sum rounded.
+        let unit = if precision == Precision::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+        let each = if precision == Precision::Bf16 { 16.0 } else { 4.0 };
+        let own = if is_wide { unit } else { epsilon(precision) };
+        let tolerance = 2.0 * reference.max(own) + (each * (terms as f64).sqrt() + 16.0) * unit;
+        let within = found.error <= tolerance;
+        println!(
+            "{:>24} {what:<12} error {:.2e} of {tolerance:.2e}, {:>3.0}%  [{}, {}]: {:.7e}, expected {:.7e}{}",
+            self.case,
+            found.error,
+            100.0 * found.error / tolerance,
+            found.row,
+            found.column,
+            found.got,
+            found.expected,
+            if within { "" } else { "  FAILED" }
+        );
+        self.good &= within;
+    }
+}
+
+fn all_pass<J: Job<Output = bool>>(job: impl Fn() -> J) {
+    let failed: Vec<String> = targets()
+        .into_iter()
+        .filter(|target| !guard(target, || run(target, job())).unwrap())
+        .map(|target| format!("{} {}", target.label, target.precision))
+        .collect();
+    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
+}
+
+/// Rows, inputs and outputs: for the copy engine and not, one tile and several, few rows and so many that a weight's
+/// gradient is split.
+const SHAPES: [[usize; 3]; 9] = [
+    [1, 1, 1],
+    [1, 8, 8],
+    [3, 5, 7],
+    [129, 72, 40],
+    [200, 65, 130],
+    [257, 512, 320],
+    [64, 300, 8],
+    [4300, 64, 96],
+    [5001, 33, 16],
+];
+
+struct One;
+
+impl Job for One {
+    type Output = bool;
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
+        let precision = target.precision;
+        let (dtype, label) = (precision.dtype(), &target.label);
+        println!("\nproject, {label} {precision}");
+        let mut good = true;
+        for (seed, [n, i, o]) in SHAPES.into_iter().enumerate() {
+            let matrix =
+                |rows, columns, k| Matrix::random(rows, columns, 1.0, precision, 10 * seed as u64 + k);
+            let (x, w) = (matrix(n, i, 0), matrix(o, i, 1));
+            let (first, second) = (matrix(n, o, 2), matrix(n, o, 3));
+            let rounded = |m: &Matrix| m.map(|v| round(v, precision));
+            let param = w.param::<B>("w", device, dtype);
+            let on_device = x.upload::<B>(device, dtype);
+            let mut ledger = Ledger { target, case: format!("{n}x{i}x{o}"), good: true };
+            let clear = || poison::<B>(n * (i + o) + o * i, device, dtype);
+
+            clear();
+            let y = download(B::project(on_device.clone(), &param));
+            let exact = x.times(&w.transposed());
+            ledger.check("y", &y, &exact, &rounded(&exact), i);
+
+            clear();
+            let grad_y = first.upload::<B>(device, dtype);
+            let grad_x = download(B::project_backward(on_device.clone(), &param, grad_y.clone()));
+            let exact_x = first.times(&w);
+            ledger.check("gx", &grad_x, &exact_x, &rounded(&exact_x), o);
+            let exact_w = first.transposed().times(&x);
+            let once = grad(&param);
+            ledger.check("gw", &once, &exact_w, &exact_w, n);
+
+            // Added to what is there; a reader's copy stays as it is.
+            let kept = param.grad::<2>().expect("a gradient");
+            B::project_backward(on_device.clone(), &param, second.upload::<B>(device, dtype));
+            let both = exact_w.plus(&second.transposed().times(&x));
+            ledger.check("gw + gw", &grad(&param), &both, &both, 2 * n);
+            assert!(download(kept) == once, "{label} {precision}: a gradient that was read has changed");
+            let twice = grad(&param);
+            B::project_backward(on_device.clone(), &param, grad_y.clone());
+            let thrice = both.plus(&exact_w);
+            ledger.check("gw in place", &grad(&param), &thrice, &thrice, 3 * n);
+
+            // The same again: equal bits, in place and not.
+            for _ in 0..2 {
+                param.clear_grad();
+                let again = B::project_backward(on_device.clone(), &param, grad_y.clone());
+                assert!(download(again) == grad_x && grad(&param) == once, "{label} {precision}: other bits");
+                let kept = param.grad::<2>();
+                B::project_backward(on_device.clone(), &param, second.upload::<B>(device, dtype));
+                assert!(grad(&param) == twice, "{label} {precision}: other bits of a sum");
+                drop(kept);
+            }
+
+            // Columns of wider matrices; 256 elements on lie at a multiple of every alignment.
+            for from in [256, 3] {
+                param.clear_grad();
+                let x = x.upload_within::<B>(from, device, dtype);
+                let grad_y = first.upload_within::<B>(from, device, dtype);
+                let case = format!("{n}x{i}x{o} within {from}");
+                let mut views = Ledger { target, case, good: true };
+                let y = B::project(x.clone(), &param);
+                views.check("y", &download(y), &exact, &rounded(&exact), i);
+                let grad_x = B::project_backward(x, &param, grad_y);
+                views.check("gx", &download(grad_x), &exact_x, &rounded(&exact_x), o);
+                views.check("gw", &grad(&param), &exact_w, &exact_w, n);
+                good &= views.good;
+            }
+
+            param.clear_grad();
+            param.set_trainable(false);
+            B::project_backward(on_device, &param, grad_y);
+            assert!(param.flat_grad().is_none(), "a frozen weight's gradient");
+            good &= ledger.good;
+        }
+        Ok(good)
+    }
+}
+
+#[test]
+fn one_projection_agrees_with_the_host() {
+    all_pass(|| One);
+}
+
+/// How the outputs' gradients lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Layout {
+    /// Each by itself.
+    Apart,
+    /// Columns of one matrix, in order.
+    Together,
+    /// Columns of one matrix, in the other order.
+    Turned,
+    /// The middle (or last) one is not there.
+    Missing,
+}
+
+struct Many<const N: usize>([usize; N]);
+
+impl<const N: usize> Job for Many<N> {
+    type Output = bool;
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
+        let precision = target.precision;
+        let (dtype, label, widths) = (precision.dtype(), &target.label, self.0);
+        println!("\nproject_many {widths:?}, {label} {precision}");
+        let rounded = |m: &Matrix| m.map(|v| round(v, precision));
+        let mut good = true;
+        for (n, i) in [(1, 8), (37, 24), (300, 129), (4200, 64)] {
+            let seed = (n + i) as u64;
+            let x = Matrix::random(n, i, 1.0, precision, seed);
+            let weights: [Matrix; N] =
+                std::array::from_fn(|j| Matrix::random(widths[j], i, 1.0, precision, seed + 10 + j as u64));
+            let grads: [Matrix; N] =
+                std::array::from_fn(|j| Matrix::random(n, widths[j], 1.0, precision, seed + 20 + j as u64));
+            let params: [Param<B>; N] =
+                std::array::from_fn(|j| weights[j].param::<B>(&format!("w{j}"), device, dtype));
+            let on_device = x.upload::<B>(device, dtype);
+            let clear = || poison::<B>((n + 300) * widths.iter().sum::<usize>(), device, dtype);
+            let sum = widths.iter().sum::<usize>();
+
+            clear();
+            let outputs = B::project_many(on_device.clone(), params.each_ref());
+            let mut ledger = Ledger { target, case: format!("{n}x{i}"), good: true };
+            for ((output, w), j) in outputs.into_iter().zip(&weights).zip(0..) {
+                let exact = x.times(&w.transposed());
+                assert_eq!(output.dims(), [n, w.rows]);
+                ledger.check(&format!("y{j}"), &download(output), &exact, &rounded(&exact), i);
+            }
+            for layout in [Layout::Apart, Layout::Together, Layout::Turned, Layout::Missing] {
+                let upload = || -> [Option<Tensor<B, 2>>; N] {
+                    let mut parts: Vec<&Matrix> = grads.iter().collect();
+                    if layout == Layout::Turned {
+                        parts.reverse();
+                    }
+                    let wide = Matrix::beside(&parts).upload::<B>(device, dtype);
+                    std::array::from_fn(|j| {
+                        let before = match layout {
+                            Layout::Turned => widths[j + 1..].iter().sum::<usize>(),
+                            _ => widths[..j].iter().sum::<usize>(),
+                        };
+                        match layout {
+                            Layout::Missing if j == N / 2 => None,
+                            Layout::Apart | Layout::Missing => Some(grads[j].upload::<B>(device, dtype)),
+                            _ => Some(wide.clone().slice([0..n, before..before + widths[j]])),
+                        }
+                    })
+                };
+                let there = |j: usize| layout != Layout::Missing || j != N / 2;
+                let case = format!("{n}x{i} {layout:?}");
+                let mut ledger = Ledger { target, case, good: true };
+                let backward = || {
+                    clear();
+                    let grad_x = B::project_many_backward(on_device.clone(), params.each_ref(), upload());
+                    download(grad_x.expect("a gradient of x"))
+                };
+                params.iter().for_each(Param::clear_grad);
+                let grad_x = backward();
+                let parts: Vec<Matrix> =
+                    (0..N).filter(|j| there(*j)).map(|j| grads[j].times(&weights[j])).collect();
+                let total = |f: &dyn Fn(&Matrix) -> Matrix| {
+                    parts[1..].iter().fold(f(&parts[0]), |sum, part| sum.plus(&f(part)))
+                };
+                // The reference rounds each part and each sum of parts: at least each part.
+                ledger.check("gx", &grad_x, &total(&Matrix::clone), &total(&rounded), sum);
+                let once: Vec<Option<Vec<f64>>> =
+                    params.iter().map(|w| Some(download(w.grad::<2>()?))).collect();
+                for times in [1.0, 2.0, 3.0] {
+                    for j in 0..N {
+                        let exact = grads[j].transposed().times(&x).map(|v| v * times);
+                        match params[j].grad::<2>() {
+                            Some(found) if there(j) => {
+                                let what = format!("{times} gw{j}");
+                                ledger.check(&what, &download(found), &exact, &exact, 3 * n);
+                            }
+                            found => assert!(found.is_none() && !there(j), "the gradient of w{j}"),
+                        }
+                    }
+                    backward();
+                }
+                params.iter().for_each(Param::clear_grad);
+                assert!(backward() == grad_x, "{label} {precision} {layout:?}: other bits of gx");
+                for (w, once) in params.iter().zip(&once) {
+                    let again = w.grad::<2>().map(download);
+                    assert!(again == *once, "{label} {precision} {layout:?}: other bits of {}", w.name());
+                }
+                // A gradient that somebody holds stays; one that others do not share is added to.
+                let kept = params[0].grad::<2>().expect("a gradient");
+                backward();
+                assert!(Some(download(kept)) == once[0], "{label} {precision}: a gradient that was read");
+                good &= ledger.good;
+            }
+
+            // A frozen weight, and a new value.
+            params.iter().for_each(Param::clear_grad);
+            params[0].set_trainable(false);
+            let all = || grads.each_ref().map(|g| Some(g.upload::<B>(device, dtype)));
+            B::project_many_backward(on_device.clone(), params.each_ref(), all());
+            assert!(params[0].flat_grad().is_none(), "a frozen weight's gradient");
+            let exact = grads[N - 1].transposed().times(&x);
+            ledger.check("gw by frozen", &grad(&params[N - 1]), &exact, &exact, n);
+            let new = Matrix::random(widths[N - 1], i, 1.0, precision, seed + 30);
+            let master = if dtype == DType::F64 { dtype } else { DType::F32 };
+            params[N - 1].set(new.upload::<B>(device, master));
+            let [.., last] = &B::project_many(on_device.clone(), params.each_ref())[..] else {
+                unreachable!("N outputs")
+            };
+            let exact = x.times(&new.transposed());
+            ledger.check("new value", &download(last.clone()), &exact, &rounded(&exact), i);
+            good &= ledger.good;
+        }
+        Ok(good)
+    }
+}
+
+#[test]
+fn several_projections_agree_with_the_host() {
+    // 256: Burn's slices are views there, so that gradients lie together.
+    all_pass(|| Many([256, 256]));
+    all_pass(|| Many([256, 256, 512]));
+    all_pass(|| Many([64, 32, 8]));
+    all_pass(|| Many([24, 136]));
+    // Not joined.
+    all_pass(|| Many([5, 12, 7]));
+}
+
+struct Squared;
+
+impl Job for Squared {
+    type Output = bool;
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
+        let precision = target.precision;
+        let (dtype, label) = (precision.dtype(), &target.label);
+        println!("\nsquared_mlp, {label} {precision}");
+        let mut good = true;
+        let shapes =
+            [[1, 8, 8, 8], [33, 13, 7, 5], [129, 72, 40, 24], [300, 64, 136, 64], [4200, 64, 200, 48]];
+        for (seed, [n, i, h, o]) in shapes.into_iter().enumerate() {
+            for slope in [0.0, 0.5, -0.25] {
+                let matrix = |rows, columns, scale: f64, k| {
+                    Matrix::random(rows, columns, scale, precision, 100 * seed as u64 + k)
+                };
+                let x = matrix(n, i, 1.0, 0);
+                let inner = matrix(h, i, (1.0 / i as f64).sqrt(), 1);
+                let last = matrix(o, h, (1.0 / h as f64).sqrt(), 2);
+                let grad_y = matrix(n, o, 1.0, 3);
+                // `to` rounds what the reference stores.
+                let pass = |to: &dyn Fn(Matrix) -> Matrix| {
+                    let before = to(x.times(&inner.transposed()));
+                    let hidden = to(before.map(|v| if v < 0.0 { slope * v } else { v }.powi(2)));
+                    let grad_hidden = to(grad_y.times(&last));
+                    let grad_before = grad_hidden
+                        .with(&before, |g, v| 2.0 * g * if v < 0.0 { slope * slope * v } else { v });
+                    let grad_before = to(grad_before);
+                    [
+                        to(hidden.times(&last.transposed())),
+                        to(grad_before.times(&inner)),
+                        grad_before.transposed().times(&x),
+                        grad_y.transposed().times(&hidden),
+                    ]
+                };
+                let exact = pass(&|m| m);
+                let rounded = pass(&|m| m.map(|v| round(v, precision)));
+
+                let (w1, w2) = (inner.param::<B>("w1", device, dtype), last.param::<B>("w2", device, dtype));
+                let (x, grad_y) = (x.upload::<B>(device, dtype), grad_y.upload::<B>(device, dtype));
+                let clear = || poison::<B>(n * (h + i + o) + h * i, device, dtype);
+                let both = || {
+                    clear();
+                    let (y, hidden) = B::squared_mlp_forward(x.clone(), &w1, &w2, slope);
+                    clear();
+                    let grad_x = B::squared_mlp_backward(x.clone(), hidden, &w1, &w2, slope, grad_y.clone());
+                    [download(y), download(grad_x), grad(&w1), grad(&w2)]
+                };
+                let case = format!("{n}x{i}x{h}x{o} slope {slope}");
+                let mut ledger = Ledger { target, case, good: true };
+                let found = both();
+                let terms = [h, h, n, n];
+                for (j, what) in ["y", "gx", "gw1", "gw2"].into_iter().enumerate() {
+                    ledger.check(what, &found[j], &exact[j], &rounded[j], terms[j]);
+                }
+                let [_, _, twice_1, twice_2] = both();
+                for (j, twice) in [(2, twice_1), (3, twice_2)] {
+                    let double = |m: &Matrix| m.map(|v| 2.0 * v);
+                    ledger.check("gw twice", &twice, &double(&exact[j]), &double(&rounded[j]), 2 * n);
+                }
+                for _ in 0..2 {
+                    w1.clear_grad();
+                    w2.clear_grad();
+                    assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
+                }
+
+                // Through the tape.
+                w1.clear_grad();
+                w2.clear_grad();
+                let tracked = Tensor::<Autodiff<B>, 2>::from_inner(x.clone()).require_grad();
+                let y = <Autodiff<B> as MlpOps>::squared_mlp(tracked.clone(), &w1, &w2, slope);
+                assert!(download(y.clone().inner()) == found[0], "{label} {precision}: y through the tape");
+                let grads = (y * Tensor::from_inner(grad_y.clone())).sum().backward();
+                let through = download(tracked.grad(&grads).expect("a gradient of x"));
+                assert!(
+                    [through, grad(&w1), grad(&w2)] == found[1..],
+                    "{label} {precision}: through the tape"
+                );
+                good &= ledger.good;
+            }
+        }
+        Ok(good)
+    }
+}
+
+#[test]
+fn the_squared_mlp_agrees_with_the_host() {
+    all_pass(|| Squared);
+}
+
+struct ThroughTheTape;
+
+impl Job for ThroughTheTape {
+    type Output = ();
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<()> {
+        let (precision, dtype) = (target.precision, target.precision.dtype());
+        let (n, i, widths) = (70, 64, [256, 256, 512]);
+        let x = Matrix::random(n, i, 1.0, precision, 1).upload::<B>(device, dtype);
+        let matrix = |o: usize, seed| Matrix::random(o, i, 1.0, precision, seed);
+        let params: [Param<B>; 3] =
+            std::array::from_fn(|j| matrix(widths[j], 2 + j as u64).param::<B>("w", device, dtype));
+        let factors: [Tensor<B, 2>; 3] = std::array::from_fn(|j| {
+            Matrix::random(n, widths[j], 1.0, precision, 9 + j as u64).upload::<B>(device, dtype)
+        });
+        // All of the outputs, and all but one.
+        for used in [[true, true, true], [true, false, true]] {
+            params.iter().for_each(Param::clear_grad);
+            let tracked = Tensor::<Autodiff<B>, 2>::from_inner(x.clone()).require_grad();
+            let outputs = <Autodiff<B> as LinearOps>::project_many(tracked.clone(), params.each_ref());
+            let terms = outputs.into_iter().zip(&factors).zip(used).filter(|(_, used)| *used);
+            let loss = terms
+                .map(|((y, factor), _)| (y * Tensor::from_inner(factor.clone())).sum())
+                .reduce(|sum, term| sum + term)
+                .expect("terms");
+            let through = download(tracked.grad(&loss.backward()).expect("a gradient of x"));
+            let found: Vec<Option<Vec<f64>>> = params.iter().map(|w| w.grad::<2>().map(download)).collect();
+
+            params.iter().for_each(Param::clear_grad);
+            let grads: [Option<Tensor<B, 2>>; 3] =
+                std::array::from_fn(|j| used[j].then(|| factors[j].clone()));
+            let explicit = B::project_many_backward(x.clone(), params.each_ref(), grads).expect("a gradient");
+            assert!(through == download(explicit), "{} {precision} {used:?}: gx", target.label);
+            let explicit: Vec<Option<Vec<f64>>> =
+                params.iter().map(|w| w.grad::<2>().map(download)).collect();
+            assert!(found == explicit, "{} {precision} {used:?}: gradients of weights", target.label);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn the_tape_gives_the_explicit_backward_of_several_projections() {
+    for target in targets() {
+        guard(&target, || run(&target, ThroughTheTape)).unwrap();
+    }
+}
+
+/// On the CPU the ops are their compositions to the bit, on the tape too.
+#[test]
+fn the_reference_is_the_composition() {
+    type Tape = Autodiff<Cpu>;
+    let device = burn_ndarray::NdArrayDevice::Cpu;
+    let precision = Precision::F32;
+    let matrix = |rows, columns, seed| Matrix::random(rows, columns, 1.0, precision, seed);
+    let x = matrix(31, 24, 1).upload::<Cpu>(&device, DType::F32);
+    let params: Vec<Param<Cpu>> = [[40, 24], [16, 24], [16, 24], [24, 40]]
+        .into_iter()
+        .zip(2..)
+        .map(|([o, i], seed)| matrix(o, i, seed).param::<Cpu>(&format!("w{seed}"), &device, DType::F32))
+        .collect();
+    let [a, b, c, last] = &params[..] else { unreachable!("four weights") };
+    let gradients = |f: &dyn Fn(Tensor<Tape, 2>) -> Tensor<Tape, 2>| {
+        params.iter().for_each(Param::clear_grad);
+        let tracked = Tensor::<Tape, 2>::from_inner(x.clone()).require_grad();
+        let y = f(tracked.clone());
+        let factor = matrix(y.dims()[0], y.dims()[1], 9).upload::<Cpu>(&device, DType::F32);
+        let grads = (y.clone() * Tensor::from_inner(factor)).sum().backward();
+        let mut found = vec![download(y.inner()), download(tracked.grad(&grads).expect("a gradient of x"))];
+        found.extend(params.iter().filter_map(|w| Some(download(w.grad::<2>()?))));
+        found
+    };
+    for slope in [0.0, 0.5] {
+        let composed =
+            gradients(&|x| Tape::project(Tape::leaky_relu_squared(Tape::project(x, a), slope), last));
+        assert!(gradients(&|x| Tape::squared_mlp(x, a, last, slope)) == composed, "slope {slope}");
+    }
+    let join = |[q, k, v]: [Tensor<Tape, 2>; 3]| q * Tensor::cat(vec![k.clone(), v, k.narrow(1, 0, 8)], 1);
+    let composed = gradients(&|x| join([a, b, c].map(|w| Tape::project(x.clone(), w))));
+    assert!(gradients(&|x| join(Tape::project_many(x, [a, b, c]))) == composed);
+}
