@@ -37,4 +37,5 @@ impl ScanOps for Cpu {
 impl SelectiveScanOps for Cpu {
     const SELECTIVE_SCAN_ELEMENTS: usize = 1 << 21;
 }
+impl StreamOps for Cpu {}
 impl XsaOps for Cpu {}

@@ -11,6 +11,7 @@ pub mod tensor;
 pub mod wgpu;
 
 mod cuda_matmul;
+mod cuda_stream;
 mod kernel_cache;
 mod matmul;
 mod matmul_exact;

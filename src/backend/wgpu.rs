@@ -45,6 +45,7 @@ impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
 impl ScanOps for Wgpu {}
 impl SelectiveScanOps for Wgpu {}
+impl StreamOps for Wgpu {}
 impl XsaOps for Wgpu {}
 
 impl MatmulOps for Wgpu {

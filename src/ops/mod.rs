@@ -26,6 +26,7 @@ pub mod rope;
 pub mod scan;
 pub mod selective_scan;
 mod sequence;
+pub mod stream;
 mod tape;
 pub mod weight_form;
 pub mod xsa;
@@ -45,6 +46,7 @@ pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
 pub use scan::ScanOps;
 pub use selective_scan::SelectiveScanOps;
+pub use stream::StreamOps;
 pub use xsa::XsaOps;
 
 use burn::tensor::{DType, Tensor};
@@ -82,6 +84,7 @@ pub trait Backend:
     + RopeOps
     + ScanOps
     + SelectiveScanOps
+    + StreamOps
     + XsaOps
 {
 }
@@ -103,6 +106,7 @@ impl<B> Backend for B where
         + RopeOps
         + ScanOps
         + SelectiveScanOps
+        + StreamOps
         + XsaOps
 {
 }
