@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn a_spread_covers_the_row_within_the_kernel_s_bounds() {
         for width in [1, 4, 8] {
-            for columns in (1..=8192).filter(|c| c.is_multiple_of(width)) {
+            for columns in (1..=8192usize).filter(|c| c.is_multiple_of(width)) {
                 let most = MOST_LANES * if width > 1 { width } else { 4 };
                 let Some(spread) = spread(columns, width) else {
                     assert!(columns > most, "{columns} {width}");

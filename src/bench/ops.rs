@@ -2,6 +2,7 @@
 
 mod matmul;
 mod rms_norm;
+mod stream;
 mod tape;
 
 use super::{Row, copy_rate, median_ms};
@@ -76,6 +77,7 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     };
     let mut bench = Bench::<P> { device, dtype, rows, rate, found: vec![copy] };
     rms_norm::time(&mut bench)?;
+    stream::time(&mut bench)?;
     matmul::time(&mut bench)?;
     tape::time(&mut bench)?;
     Ok(bench.found)
