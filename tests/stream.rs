@@ -439,7 +439,7 @@ impl Job for AgainstTheHost {
                 let share = worst.error / (2.0 * error);
                 let within = share <= 1.0;
                 good &= within;
-                if !(share <= shown.0) || !within {
+                if share > shown.0 || !within {
                     let line = format!(
                         "{name:<8} {:>9.2e} of {:>9.2e} {:>4.0}%  [{}, {}]: {:.8e}, expected {:.8e}{}",
                         worst.error,

@@ -31,7 +31,8 @@ impl StreamOps for Cuda {
     fn stream(inputs: Inputs<Self>, norm: Option<Norm>, added: bool) -> Outputs<Self> {
         let mix = inputs.mix.as_ref().map(|mix| (mix.start.value(), mix.weight.clone()));
         let changes = mix.is_some() || !inputs.branches.is_empty();
-        let operands = Operands::new(&inputs.x, &inputs.branches, &mix).filter(|_| changes || norm.is_some());
+        let works = changes || norm.is_some();
+        let operands = works.then(|| Operands::new(&inputs.x, &inputs.branches, &mix)).flatten();
         let Some(operands) = operands else { return stream::forward(inputs, norm, added) };
         let x = operands.buffers[0].clone();
         let output = |has: bool| has.then(|| empty(&x, operands.shape(), x.dtype));
@@ -58,7 +59,7 @@ impl StreamOps for Cuda {
         let norm = seen.norm.filter(|_| grads.normed.is_some());
         let works =
             norm.is_some() || seen.mix.is_some() || seen.branches.iter().any(|branch| branch.scale.is_some());
-        let operands = Operands::new(&seen.x, &seen.branches, &seen.mix).filter(|_| works);
+        let operands = works.then(|| Operands::new(&seen.x, &seen.branches, &seen.mix)).flatten();
         let Some(operands) = operands else { return stream::backward(seen, grads, start) };
         let x = operands.buffers[0].clone();
         // The gradients that come in; without mixing, that of what was before it is one of what came out.
