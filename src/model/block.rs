@@ -204,7 +204,8 @@ impl<P: Plain> Block<P> {
             // The gate sees its input as a constant.
             let seen = B::lift(B::lower(start.clone())) * B::weight(weight, [1, columns]);
             let gate = B::logistic(seen.sum_dim(1) + B::weight(bias, [1, 1]));
-            *stream = Stream::new(start.clone() + (stream.value() - start) * gate);
+            let gated = start.clone() + (stream.value() - start) * gate;
+            stream.replace(gated);
         }
         values
     }

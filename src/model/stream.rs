@@ -51,7 +51,13 @@ impl<B: Backend> Stream<B> {
         if self.keeps {
             self.resolve(None);
         }
-        self.kept.take().unwrap_or_else(|| self.value())
+        self.kept.take().expect("a stream that was asked to keep its value")
+    }
+
+    /// Goes on with `x` in the place of [`Self::value`]; what was kept stays.
+    pub(super) fn replace(&mut self, x: Tensor<B, 2>) {
+        self.resolve(None);
+        self.x = x;
     }
 
     /// The stream with everything in it.
@@ -199,6 +205,10 @@ mod tests {
         let expected = values(pair.plain.clone());
         pair.push(Some(0));
         pair.same_norm("a branch after it");
+        let doubled = pair.plain.clone() + pair.plain.clone();
+        pair.stream.replace(doubled.clone());
+        pair.plain = doubled;
+        pair.same("replaced");
         assert_eq!(values(pair.stream.kept()), expected, "a branch after it");
     }
 }
