@@ -41,4 +41,5 @@ impl SelectiveScanOps for Cpu {
     const SELECTIVE_SCAN_ELEMENTS: usize = 1 << 21;
 }
 impl UpdateOps for Cpu {}
+impl StreamOps for Cpu {}
 impl XsaOps for Cpu {}

@@ -108,20 +108,23 @@ fn rms_norm_element(dtype: DType, rows: usize, columns: usize) -> Option<&'stati
 
 /// How a row is spread over threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Spread {
+pub(super) struct Spread {
     /// Elements of one load.
-    width: usize,
+    pub(super) width: usize,
     /// Threads that share a row.
-    lanes: usize,
+    pub(super) lanes: usize,
     /// Loads of one thread.
-    chunks: usize,
+    pub(super) chunks: usize,
 }
 
 impl Spread {
-    /// Up to a warp takes a row with one load a thread, then a warp with more loads, then more warps.
     fn new(columns: usize, width: usize) -> Self {
         // What keeps the backward, which holds two rows, clear of spills (`.ci/cuda` prints the registers).
-        let most = if width > 1 { 4 } else { 16 };
+        Self::of(columns, width, if width > 1 { 4 } else { 16 })
+    }
+
+    /// Up to a warp takes a row with one load a thread, then a warp with at most `most` loads, then more warps.
+    pub(super) fn of(columns: usize, width: usize, most: usize) -> Self {
         let loads = columns.div_ceil(width);
         let mut lanes = loads.next_power_of_two().min(32);
         while lanes * most < loads {
@@ -130,7 +133,7 @@ impl Spread {
         Self { width, lanes, chunks: loads.div_ceil(lanes).next_power_of_two() }
     }
 
-    fn threads(self) -> usize {
+    pub(super) fn threads(self) -> usize {
         self.lanes.max(256)
     }
 }

@@ -19,6 +19,7 @@ mod cuda_matmul;
 mod cuda_newton_schulz;
 mod cuda_update;
 mod cuda_reduce;
+mod cuda_stream;
 mod kernel_cache;
 mod matmul;
 mod matmul_exact;

@@ -49,6 +49,7 @@ impl RopeOps for Wgpu {}
 impl ScanOps for Wgpu {}
 impl SelectiveScanOps for Wgpu {}
 impl UpdateOps for Wgpu {}
+impl StreamOps for Wgpu {}
 impl XsaOps for Wgpu {}
 
 impl MatmulOps for Wgpu {

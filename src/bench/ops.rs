@@ -8,6 +8,7 @@ mod matmul;
 mod newton_schulz;
 mod reduce;
 mod rms_norm;
+mod stream;
 mod tape;
 mod update;
 
@@ -83,6 +84,7 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     };
     let mut bench = Bench::<P> { device, dtype, rows, rate, found: vec![copy] };
     rms_norm::time(&mut bench)?;
+    stream::time(&mut bench)?;
     matmul::time(&mut bench)?;
     cross_entropy::time(&mut bench)?;
     embedding::time(&mut bench)?;

@@ -10,7 +10,9 @@ use super::params::Params;
 use super::s4d::{S4d, S4dPlan};
 use super::spec::Spec;
 use super::state::BlockState;
+use super::stream::Stream;
 use crate::ops::rope::RopeTable;
+use crate::ops::stream::Start;
 use crate::ops::{Backend, Param, Plain};
 use burn::tensor::Tensor;
 
@@ -120,7 +122,7 @@ pub struct Block<P: Plain> {
 #[derive(Debug, Clone)]
 pub struct BlockInputs<'a, B: Backend> {
     /// The stream's start, `[b t, c]`.
-    pub x0: Tensor<B, 2>,
+    pub x0: &'a Start<B>,
     /// Sequences.
     pub batch: usize,
     /// The rotation of the positions.
@@ -152,32 +154,26 @@ impl<P: Plain> Block<P> {
         }
     }
 
-    fn norm<B: Backend<Plain = P>>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let y = B::rms_norm(x, self.rms_eps);
-        if self.norm_scale == 1.0 { y } else { y.mul_scalar(self.norm_scale) }
-    }
-
-    /// Rows `x[b t, c]` through the block: `x = m0 x + m1 x0; x += s mixer(rms(x)) ...; x += s mlp(rms(x))`; and the
-    /// values of its attention. `mlp` takes the place of the block's own.
-    pub fn forward<B: Backend<Plain = P>>(
+    /// Takes the rows `[b t, c]` of the stream through the block: `x = m0 x + m1 x0; x += s mixer(rms(x)) ...;
+    /// x += s mlp(rms(x))`; gives the values of its attention. `mlp` takes the place of the block's own.
+    pub(super) fn forward<B: Backend<Plain = P>>(
         &self,
-        x: Tensor<B, 2>,
+        stream: &mut Stream<B>,
         inputs: BlockInputs<'_, B>,
         mlp: Option<&Mlp<P>>,
         state: Option<&mut BlockState<B>>,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 4>>) {
+    ) -> Option<Tensor<B, 4>> {
         let BlockInputs { x0, batch, rope, value_embedding, first_values } = inputs;
-        let start = match &self.mix {
-            Some(mix) => B::residual_mix(x, x0, mix),
-            None => x,
-        };
+        if let Some(mix) = &self.mix {
+            stream.mix(x0, mix);
+        }
         let (mut kv, mut ssm) = match state {
             Some(state) => (Some(&mut state.attention), Some(&mut state.ssm)),
             None => (None, None),
         };
-        let normed = self.norm(start.clone());
+        let normed = stream.normed(self.rms_eps, self.norm_scale);
+        let start = self.gate.as_ref().map(|_| stream.value());
         let mut values = None;
-        let mut x = start.clone();
         for (mixer, scale) in self.mixers.iter().zip(&self.scales) {
             let n = normed.clone();
             let y = match &mixer.part {
@@ -197,30 +193,20 @@ impl<P: Plain> Block<P> {
                 Mixer::Mamba3(mamba) => mamba.forward(n, batch, ssm.take()),
                 Mixer::S4d(s4d) => s4d.forward(n, batch, ssm.take()),
             };
-            x = added(x, y, scale.as_ref());
+            stream.push(y, scale.as_ref().map(|scale| (scale, 0)));
         }
         if let Some((own, scale)) = &self.mlp {
-            let n = if self.parallel { normed } else { self.norm(x.clone()) };
-            x = added(x, mlp.unwrap_or(own).forward(n), scale.as_ref());
+            let n = if self.parallel { normed } else { stream.normed(self.rms_eps, self.norm_scale) };
+            stream.push(mlp.unwrap_or(own).forward(n), scale.as_ref().map(|scale| (scale, 0)));
         }
-        if let Some([weight, bias]) = &self.gate {
+        if let (Some([weight, bias]), Some(start)) = (&self.gate, start) {
             let columns = start.dims()[1];
             // The gate sees its input as a constant.
             let seen = B::lift(B::lower(start.clone())) * B::weight(weight, [1, columns]);
             let gate = B::logistic(seen.sum_dim(1) + B::weight(bias, [1, 1]));
-            x = start.clone() + (x - start) * gate;
+            let gated = start.clone() + (stream.value() - start) * gate;
+            stream.replace(gated);
         }
-        (x, values)
-    }
-}
-
-fn added<P: Plain, B: Backend<Plain = P>>(
-    x: Tensor<B, 2>,
-    y: Tensor<B, 2>,
-    scale: Option<&Param<P>>,
-) -> Tensor<B, 2> {
-    match scale {
-        Some(scale) => B::scaled_add(x, y, scale, 0),
-        None => x + y,
+        values
     }
 }

@@ -17,11 +17,13 @@ mod recompute;
 pub mod s4d;
 pub mod spec;
 pub mod state;
+mod stream;
 mod systems;
 
 use crate::error::Result;
 use crate::ops::cross_entropy::softcap;
 use crate::ops::rope::RopeTable;
+use crate::ops::stream::Start;
 use crate::ops::weight_form::WeightForm;
 use crate::ops::{Backend, Param, Plain, accumulate_type};
 use crate::recipe::{PR1382, Recipe};
@@ -34,6 +36,7 @@ use plan::{Plan, RopePlan, Visit};
 use state::BlockState;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+use stream::Stream;
 
 /// The name of the token embedding.
 pub const EMBEDDING: &str = "tok_emb.weight";
@@ -208,52 +211,58 @@ impl<P: Plain> Model<P> {
         mut cache: Option<&mut Cache<B>>,
         mut trace: Option<Trace<'_, B>>,
     ) -> Tensor<B, 2> {
-        let time = ids.dims()[1];
+        let [rows, time] = ids.dims();
         let start = cache.as_ref().map_or(0, |cache| cache.positions);
         let length = cache.as_ref().map_or(time, |cache| cache.length.max(start + time));
-        let flow = Flow {
-            batch: ids.dims()[0],
-            rope: self.rope(start, time, length),
-            values: self.embed.values(ids.clone()),
-            x0: self.embed.forward(ids, start, cache.as_mut().map(|cache| &mut cache.embed)),
-        };
+        let values = self.embed.values(ids.clone());
+        let embedded = self.embed.forward(ids, start, cache.as_mut().map(|cache| &mut cache.embed));
+        let (x, x0) = B::stream_start(embedded);
+        let flow = Flow { batch: rows, rope: self.rope(start, time, length), values, x0 };
         let visits = self.visits();
-        let mut x = flow.x0.clone();
+        let mut stream = Stream::new(x);
         let mut kept: Vec<Option<Tensor<B, 2>>> = vec![None; visits.len()];
+        // The visit whose output comes with the next one's norm.
+        let mut keeps = None;
         let mut first_values = None;
         for (index, visit) in visits.iter().enumerate() {
+            if let Some(at) = keeps.take_if(|_| visit.skip.is_some()) {
+                kept[at] = Some(stream.kept());
+            }
             let skip = visit.skip.and_then(|skip| kept[skip.from].take());
             let state = cache.as_mut().map(|cache| &mut cache.visits[index]);
-            let (y, values) = self.visit(visit, x, skip, &flow, first_values.clone(), state);
-            x = y;
+            let values = self.visit(visit, &mut stream, skip, &flow, first_values.clone(), state);
+            if let Some(at) = keeps.take() {
+                kept[at] = Some(stream.kept());
+            }
             if visit.gives_values {
                 first_values = values;
             }
             if let Some(trace) = trace.as_mut() {
-                trace(&self.plan.blocks[visit.block].name, x.clone());
+                trace(&self.plan.blocks[visit.block].name, stream.value());
             }
             if is_taken(visits, index) {
-                kept[index] = Some(x.clone());
+                stream.keep();
+                keeps = Some(index);
             }
         }
         if let Some(cache) = cache {
             cache.positions += time;
         }
-        B::rms_norm(x, self.plan.rms_eps)
+        stream.normed(self.plan.rms_eps, 1.0)
     }
 
-    /// One visit: the skip, then the block; its output and the values of its attention.
+    /// One visit: the skip, then the block; the values of its attention.
     fn visit<B: Backend<Plain = P>>(
         &self,
         visit: &Visit,
-        mut x: Tensor<B, 2>,
+        stream: &mut Stream<B>,
         skip: Option<Tensor<B, 2>>,
         flow: &Flow<B>,
         first_values: Option<Tensor<B, 4>>,
         state: Option<&mut BlockState<B>>,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 4>>) {
+    ) -> Option<Tensor<B, 4>> {
         if let (Some(from), Some(weights), Some(skip)) = (skip, &self.skips, visit.skip) {
-            x = B::scaled_add(x, from, weights, skip.row);
+            stream.push(from, Some((weights, skip.row)));
         }
         // A visit with another MLP is without the value embedding.
         let layer = self.plan.blocks[visit.block].value_layer.filter(|_| visit.mlp.is_none());
@@ -261,15 +270,10 @@ impl<P: Plain> Model<P> {
             (Some(values), Some(layer)) => Some(self.embed.scaled_values(values.clone(), layer)),
             _ => None,
         };
-        let inputs = BlockInputs {
-            x0: flow.x0.clone(),
-            batch: flow.batch,
-            rope: &flow.rope,
-            value_embedding,
-            first_values,
-        };
+        let inputs =
+            BlockInputs { x0: &flow.x0, batch: flow.batch, rope: &flow.rope, value_embedding, first_values };
         let mlp = visit.mlp.map(|index| &self.extra_mlps[index]);
-        self.blocks[visit.block].forward(x, inputs, mlp, state)
+        self.blocks[visit.block].forward(stream, inputs, mlp, state)
     }
 
     /// The loss in nats of each target `[b t]`, for `ids[b, t]` and `targets[b, t]`.
@@ -352,7 +356,7 @@ struct Flow<B: Backend> {
     batch: usize,
     rope: RopeTable<B::Plain>,
     values: Option<Tensor<B, 2>>,
-    x0: Tensor<B, 2>,
+    x0: Start<B>,
 }
 
 /// Whether a later visit takes this one's output.

@@ -1,7 +1,9 @@
 //! Training's forward and backward: as one tape, or block by block with the activations computed again (activation
 //! checkpointing), for which only each visit's input is kept.
 
+use super::stream::Stream;
 use super::{Flow, Model, is_taken};
+use crate::ops::stream::Start;
 use crate::ops::{Autodiff, Plain};
 use burn::tensor::{Int, Tensor};
 
@@ -42,18 +44,19 @@ impl<P: Plain> Model<P> {
             batch,
             rope: rope.clone(),
             values: self.embed.values::<P>(ids.clone()),
-            x0: self.embed.forward::<P>(ids.clone(), 0, None),
+            x0: Start::new(self.embed.forward::<P>(ids.clone(), 0, None)),
         };
         let mut inputs = Vec::with_capacity(visits.len());
         let mut outputs: Vec<Option<Tensor<P, 2>>> = vec![None; visits.len()];
         let mut first_values: Option<Tensor<P, 4>> = None;
         let mut values_at = None;
-        let mut x = flow.x0.clone();
+        let mut x = flow.x0.value();
         for (index, visit) in visits.iter().enumerate() {
             inputs.push(x.clone());
             let skip = visit.skip.and_then(|skip| outputs[skip.from].clone());
-            let (y, values) = self.visit(visit, x, skip, &flow, first_values.clone(), None);
-            x = y;
+            let mut stream = Stream::new(x);
+            let values = self.visit(visit, &mut stream, skip, &flow, first_values.clone(), None);
+            x = stream.value();
             if visit.gives_values {
                 (first_values, values_at) = (values, Some(index));
             }
@@ -70,7 +73,6 @@ impl<P: Plain> Model<P> {
         let grads = sum.backward();
         let mut grad = leaf.grad(&grads);
 
-        let mut grad_x0: Option<Tensor<P, 2>> = None;
         let mut grad_embedding: Option<Tensor<P, 2>> = None;
         let mut grad_values: Option<Tensor<P, 4>> = None;
         let mut grad_outputs: Vec<Option<Tensor<P, 2>>> = vec![None; visits.len()];
@@ -81,13 +83,14 @@ impl<P: Plain> Model<P> {
                 batch,
                 rope: rope.clone(),
                 values: flow.values.clone().map(tracked),
-                x0: tracked(flow.x0.clone()),
+                x0: flow.x0.on(tracked(flow.x0.value())),
             };
             let skip = visit.skip.and_then(|skip| outputs[skip.from].clone()).map(tracked);
             let after = values_at.is_some_and(|at| at < index);
             let seen = first_values.clone().filter(|_| after).map(tracked);
-            let (y, values) = self.visit(visit, x.clone(), skip.clone(), &taped, seen.clone(), None);
-            let mut sum = grad_y.map(|grad| dot(y, grad));
+            let mut stream = Stream::new(x.clone());
+            let values = self.visit(visit, &mut stream, skip.clone(), &taped, seen.clone(), None);
+            let mut sum = grad_y.map(|grad| dot(stream.value(), grad));
             if values_at == Some(index)
                 && let (Some(values), Some(grad)) = (values, grad_values.take())
             {
@@ -100,7 +103,6 @@ impl<P: Plain> Model<P> {
             let Some(sum) = sum else { continue };
             let grads = sum.backward();
             grad = x.grad(&grads);
-            grad_x0 = plus(grad_x0, taped.x0.grad(&grads));
             grad_embedding = plus(grad_embedding, taped.values.and_then(|values| values.grad(&grads)));
             grad_values = plus(grad_values, seen.and_then(|seen| seen.grad(&grads)));
             if let (Some(skip), Some(from)) = (skip, visit.skip) {
@@ -111,7 +113,7 @@ impl<P: Plain> Model<P> {
 
         // The embedding's tape, from the gradients of the stream's start and of the value embedding.
         let ids = Tensor::<Autodiff<P>, 2, Int>::from_inner(ids);
-        if let Some(grad) = plus(grad, grad_x0) {
+        if let Some(grad) = plus(grad, flow.x0.take_gradient()) {
             dot(self.embed.forward::<Autodiff<P>>(ids.clone(), 0, None), grad).backward();
         }
         if let (Some(values), Some(grad)) = (self.embed.values::<Autodiff<P>>(ids), grad_embedding) {

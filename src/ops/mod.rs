@@ -28,6 +28,7 @@ pub mod rope;
 pub mod scan;
 pub mod selective_scan;
 mod sequence;
+pub mod stream;
 mod tape;
 pub mod update;
 pub mod weight_form;
@@ -52,6 +53,7 @@ pub use rope::RopeOps;
 pub use scan::ScanOps;
 pub use selective_scan::SelectiveScanOps;
 pub use update::UpdateOps;
+pub use stream::StreamOps;
 pub use xsa::XsaOps;
 
 use burn::tensor::{DType, Tensor};
@@ -93,6 +95,7 @@ pub trait Backend:
     + ScanOps
     + SelectiveScanOps
     + UpdateOps
+    + StreamOps
     + XsaOps
 {
 }
@@ -118,6 +121,7 @@ impl<B> Backend for B where
         + ScanOps
         + SelectiveScanOps
         + UpdateOps
+        + StreamOps
         + XsaOps
 {
 }

@@ -350,6 +350,16 @@ impl<B: Plain> Param<B> {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    /// Replaces the accumulated gradient (of the computing copy, none before the first) by what `add` makes of it: one
+    /// row of all elements, of the master value's type. For kernels that add in the pass that they make anyway.
+    pub fn update_grad(&self, add: impl FnOnce(Option<Tensor<B, 1>>) -> Tensor<B, 1>) {
+        let held = self.held();
+        let mut state = self.state();
+        let grad = add(state.grad.take().map(flatten::<B>));
+        assert_eq!(grad.dims(), [self.numel()], "a gradient of another size for {}", self.name());
+        state.grad = Some(B::float_reshape(primitive(grad), held.into()));
+    }
+
     /// Adds `grad` (`[rows.len(), n]`) into rows of the gradient buffer, rows as [`Self::compute_rows`] has them.
     pub fn accumulate_rows(&self, rows: Range<usize>, grad: Tensor<B, 2>) {
         let columns = self.0.shape.last().copied().unwrap_or(1);
