@@ -28,6 +28,7 @@ impl OnePoleOps for Cpu {
     const ONE_POLE_ELEMENTS: usize = 1 << 21;
 }
 impl ParamOps for Cpu {}
+impl QkNormOps for Cpu {}
 impl ResidualOps for Cpu {}
 impl RmsNormOps for Cpu {}
 impl RopeOps for Cpu {}

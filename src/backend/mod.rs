@@ -10,7 +10,9 @@ pub mod source;
 pub mod tensor;
 pub mod wgpu;
 
+mod cuda_attention;
 mod cuda_matmul;
+mod cuda_qk_norm;
 mod kernel_cache;
 mod matmul;
 mod matmul_exact;

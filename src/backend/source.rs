@@ -11,6 +11,7 @@ const COMMON: &[(&str, &str)] = &[
     ("common/row_sum.wgsl", include_str!("../../wgsl/common/row_sum.wgsl")),
     ("common/row.cuh", include_str!("../../cuda/common/row.cuh")),
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
+    ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
 ];
 
 /// One kernel file.

@@ -41,6 +41,7 @@ impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
+impl QkNormOps for Wgpu {}
 impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
 impl ScanOps for Wgpu {}

@@ -19,6 +19,7 @@ pub mod linear;
 pub mod matmul;
 pub mod one_pole;
 pub mod param;
+pub mod qk_norm;
 pub mod reduce;
 pub mod residual;
 pub mod rms_norm;
@@ -40,6 +41,7 @@ pub use linear::LinearOps;
 pub use matmul::MatmulOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
+pub use qk_norm::QkNormOps;
 pub use residual::ResidualOps;
 pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
@@ -77,6 +79,7 @@ pub trait Backend:
     + MatmulOps
     + OnePoleOps
     + ParamOps
+    + QkNormOps
     + ResidualOps
     + RmsNormOps
     + RopeOps
@@ -98,6 +101,7 @@ impl<B> Backend for B where
         + MatmulOps
         + OnePoleOps
         + ParamOps
+        + QkNormOps
         + ResidualOps
         + RmsNormOps
         + RopeOps
