@@ -5,7 +5,7 @@ use super::cuda::Cuda;
 use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, launch};
 use super::probe_cuda;
 use super::source::Source;
-use super::tensor::{dense, empty, primitive, tensor};
+use super::tensor::{copied, dense, empty, primitive, tensor};
 use crate::ops::AttentionOps;
 use crate::ops::attention::{self, Attended, Mask};
 use burn::tensor::{DType, Tensor};
@@ -51,10 +51,10 @@ impl AttentionOps for Cuda {
             return attention::backward(attended, grad, mask, scale);
         };
         let grad = if grad.dtype() == DType::BF16 { grad } else { grad.cast(DType::BF16) };
-        let [y, grad] = [attended.y.clone(), grad].map(dense);
-        if !is_aligned(&y) || !is_aligned(&grad) {
-            return attention::backward(attended, tensor(grad), mask, scale);
-        }
+        let [y, grad] = [attended.y, grad].map(|x| {
+            let x = dense(x);
+            if is_aligned(&x) { x } else { copied(x) }
+        });
         let inputs = [attended.q, attended.k, attended.v].map(Heads::new);
         call.backward(inputs, &y, &grad, &dense(log_sums)).map(tensor)
     }
@@ -90,7 +90,7 @@ impl Heads {
         let mut x = primitive(x);
         let strides: [usize; 4] = std::array::from_fn(|i| x.meta.strides()[i]);
         let strides = row_strides(shape, strides).filter(|_| is_aligned(&x)).unwrap_or_else(|| {
-            x = if x.is_contiguous() { x.copy() } else { into_contiguous(x.clone()) };
+            x = copied(x.clone());
             let row = shape[2] * shape[3];
             [shape[1] * row, row]
         });

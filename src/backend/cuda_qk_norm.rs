@@ -3,11 +3,10 @@
 use super::cuda::Cuda;
 use super::launch_cuda::{Arguments, CudaKernel, float_word, launch_strided};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, empty, primitive, tensor};
+use super::tensor::{LOAD_BYTES, copied, empty, primitive, tensor};
 use crate::ops::QkNormOps;
 use crate::ops::qk_norm::{self, QkNorm};
 use burn::tensor::{DType, Tensor};
-use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 
@@ -24,7 +23,8 @@ const MOST_PAIRS: usize = 8;
 impl QkNormOps for Cuda {
     fn qk_norm(q: Tensor<Self, 2>, k: Tensor<Self, 2>, how: &QkNorm<Self>) -> [Tensor<Self, 4>; 2] {
         let Some(call) = Call::new(&q, &k, how) else { return qk_norm::forward(q, k, how) };
-        call.forward([q, k].map(Rows::new)).map(tensor)
+        let width = call.spread.width;
+        call.forward([q, k].map(|x| Rows::new(x, width))).map(tensor)
     }
 
     fn qk_norm_backward(
@@ -36,7 +36,9 @@ impl QkNormOps for Cuda {
         let Some(call) = Call::new(&q, &k, how) else { return qk_norm::backward(q, k, grads, how) };
         let dtype = q.dtype();
         let grads = grads.map(|grad| if grad.dtype() == dtype { grad } else { grad.cast(dtype) });
-        let (grads, partials) = call.backward([q, k].map(Rows::new), grads.map(Rows::of_heads));
+        let width = call.spread.width;
+        let inputs = [q, k].map(|x| Rows::new(x, width));
+        let (grads, partials) = call.backward(inputs, grads.map(|grad| Rows::of_heads(grad, width)));
         if let (Some(gain), Some(partials)) = (&how.gain, partials)
             && gain.is_trainable()
         {
@@ -53,34 +55,35 @@ struct Rows {
 }
 
 impl Rows {
-    /// `[n, c]`, where it lies or as a dense copy.
-    fn new(x: Tensor<Cuda, 2>) -> Self {
+    /// `[n, c]`, where it lies or as a dense copy, so that every row begins at a multiple of so many elements.
+    fn new(x: Tensor<Cuda, 2>, elements: usize) -> Self {
         let [rows, columns] = x.dims();
         let x = primitive(x);
-        let (of_rows, of_columns) = (x.meta.strides()[0], x.meta.strides()[1]);
-        match () {
-            () if columns > 1 && of_columns != 1 => Self { tensor: into_contiguous(x), stride: columns },
-            () if rows == 1 => Self { tensor: x, stride: columns },
-            () => Self { tensor: x, stride: of_rows },
-        }
+        let stride = if rows == 1 { columns } else { x.meta.strides()[0] };
+        let are_rows = columns == 1 || x.meta.strides()[1] == 1;
+        Self::beginning_at(elements, x, are_rows.then_some(stride), columns)
     }
 
-    /// `[b, t, h, d]` as rows `[b t, h d]`.
-    fn of_heads(x: Tensor<Cuda, 4>) -> Self {
+    /// `[b, t, h, d]` as rows `[b t, h d]`, likewise.
+    fn of_heads(x: Tensor<Cuda, 4>, elements: usize) -> Self {
         let shape = x.dims();
         let x = primitive(x);
         let strides: [usize; 4] = std::array::from_fn(|i| x.meta.strides()[i]);
-        match token_stride(shape, strides) {
-            Some(stride) => Self { tensor: x, stride },
-            None => Self { tensor: into_contiguous(x), stride: shape[2] * shape[3] },
-        }
+        Self::beginning_at(elements, x, token_stride(shape, strides), shape[2] * shape[3])
     }
 
-    /// Whether every row begins at a multiple of so many elements.
-    fn begins_at(&self, elements: usize) -> bool {
-        let bytes = (elements * self.tensor.elem_size()) as u64;
-        self.tensor.handle.offset_start.unwrap_or(0).is_multiple_of(bytes)
-            && self.stride.is_multiple_of(elements)
+    fn beginning_at(
+        elements: usize,
+        tensor: CubeTensor<CudaRuntime>,
+        stride: Option<usize>,
+        columns: usize,
+    ) -> Self {
+        let bytes = (elements * tensor.elem_size()) as u64;
+        let starts = tensor.handle.offset_start.unwrap_or(0).is_multiple_of(bytes);
+        match stride.filter(|stride| starts && stride.is_multiple_of(elements)) {
+            Some(stride) => Self { tensor, stride },
+            None => Self { tensor: copied(tensor), stride: columns },
+        }
     }
 }
 
@@ -131,6 +134,7 @@ struct Call {
     groups: usize,
     size: usize,
     half: usize,
+    spread: Spread,
     dtype: DType,
     eps: f32,
     /// Cosines and sines; none where nothing rotates.
@@ -153,19 +157,22 @@ impl Call {
             && size.is_multiple_of(2)
             && 2 * half <= size
             && k.dims()[1] == groups * size;
-        // A place of a block for each head, loads of one element included.
-        let narrow = Spread::new(size.max(2), half.min(size / 2), 1);
-        if !fits || narrow.chunks > MOST_PAIRS || heads.max(groups) > narrow.slots() {
+        if !fits {
+            return None;
+        }
+        // A place of a block for each head.
+        let spread = Spread::new(size, half, LOAD_BYTES / dtype.size());
+        if spread.chunks * spread.width > MOST_PAIRS || heads.max(groups) > spread.slots() {
             return None;
         }
         let table = |x: &Tensor<Cuda, 2>| {
-            Rows::new(if x.dtype() == DType::F32 { x.clone() } else { x.clone().cast(DType::F32) })
+            let x = if x.dtype() == DType::F32 { x.clone() } else { x.clone().cast(DType::F32) };
+            Rows::new(x, spread.width.min(4))
         };
         let tables = (half > 0).then(|| [table(&how.rope.cos), table(&how.rope.sin)]);
         let tables = match tables {
             Some([cos, sin]) if cos.stride != sin.stride => {
-                let dense = |x: Rows| Rows { tensor: into_contiguous(x.tensor), stride: half };
-                Some([cos, sin].map(dense))
+                Some([cos, sin].map(|x| Rows { tensor: copied(x.tensor), stride: half }))
             }
             tables => tables,
         };
@@ -176,6 +183,7 @@ impl Call {
             groups,
             size,
             half,
+            spread,
             dtype,
             eps: how.eps as f32,
             tables,
@@ -183,28 +191,16 @@ impl Call {
         })
     }
 
-    /// The widest loads that all these rows, and the tables', allow.
-    fn spread(&self, rows: &[&Rows]) -> Spread {
-        let allowed = |width: &usize| {
-            let angles = (*width).min(4);
-            rows.iter().all(|rows| rows.begins_at(*width))
-                && self.tables.iter().flatten().all(|rows| rows.begins_at(angles))
-        };
-        let most = LOAD_BYTES / self.dtype.size();
-        let widest = [8, 4, 2].into_iter().filter(|width| *width <= most).find(allowed).unwrap_or(1);
-        Spread::new(self.size, self.half, widest)
-    }
-
-    fn kernel(&self, entry: &'static str, spread: Spread, block: usize) -> CudaKernel {
+    fn kernel(&self, entry: &'static str, block: usize) -> CudaKernel {
         let element = if self.dtype == DType::BF16 { "__nv_bfloat16" } else { "float" };
         let number = |n: usize| n.to_string();
         let constants = vec![
             ("ELEMENT", element.to_string()),
             ("HEAD", number(self.size)),
             ("HALF", number(self.half)),
-            ("WIDTH", number(spread.width)),
-            ("LANES", number(spread.lanes)),
-            ("CHUNKS", number(spread.chunks)),
+            ("WIDTH", number(self.spread.width)),
+            ("LANES", number(self.spread.lanes)),
+            ("CHUNKS", number(self.spread.chunks)),
             ("GAIN", number(self.gain.is_some().into())),
         ];
         CudaKernel { source: &QK_NORM, entry, constants, block: block as u32, shared_bytes: 0 }
@@ -249,10 +245,9 @@ impl Call {
             tensor: empty(&q.tensor, [batch, self.time, heads, self.size], self.dtype),
             stride: heads * self.size,
         });
-        let spread = self.spread(&[&q, &k, &q_out, &k_out]);
-        let blocks = [self.heads, self.groups].map(|heads| self.tokens.div_ceil(spread.slots() / heads));
+        let blocks = [self.heads, self.groups].map(|heads| self.tokens.div_ceil(self.spread.slots() / heads));
         let scalars = self.scalars(blocks[0], [q.stride, q_out.stride, 0], [k.stride, k_out.stride, 0]);
-        let kernel = self.kernel("qk_norm_forward", spread, THREADS);
+        let kernel = self.kernel("qk_norm_forward", THREADS);
         let outputs = [&q_out.tensor, &k_out.tensor];
         self.launch(kernel, blocks, &scalars, &[&q.tensor, &k.tensor], &outputs);
         [q_out.tensor, k_out.tensor]
@@ -269,10 +264,9 @@ impl Call {
             tensor: empty(&q.tensor, [self.tokens, heads * self.size], self.dtype),
             stride: heads * self.size,
         });
-        let spread = self.spread(&[&q, &k, &q_grad, &k_grad, &q_out, &k_out]);
         let properties = &q.tensor.client.properties().hardware;
         let resident = RESIDENT * properties.num_streaming_multiprocessors.unwrap_or(132) as usize;
-        let rounds = [self.heads, self.groups].map(|heads| self.tokens.div_ceil(spread.slots() / heads));
+        let rounds = [self.heads, self.groups].map(|heads| self.tokens.div_ceil(self.spread.slots() / heads));
         let blocks = share(resident, rounds);
         let scalars = self.scalars(
             blocks[0],
@@ -280,7 +274,7 @@ impl Call {
             [k.stride, k_grad.stride, k_out.stride],
         );
         let partials = self.gain.as_ref().map(|_| empty(&q.tensor, [blocks[0], self.heads], DType::F32));
-        let kernel = self.kernel("qk_norm_backward", spread, THREADS);
+        let kernel = self.kernel("qk_norm_backward", THREADS);
         let inputs = [&q, &k, &q_grad, &k_grad].map(|rows| &rows.tensor);
         let outputs: Vec<_> = [&q_out.tensor, &k_out.tensor].into_iter().chain(&partials).collect();
         self.launch(kernel, blocks, &scalars, &inputs, &outputs);
@@ -290,8 +284,7 @@ impl Call {
     fn gain_grad(&self, partials: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
         let grad = empty(partials, [self.heads], DType::F32);
         let scalars = self.scalars(partials.meta.shape()[0], [0; 3], [0; 3]);
-        let spread = Spread { width: 1, lanes: 1, chunks: 1 };
-        let kernel = self.kernel("qk_norm_gain", spread, 32);
+        let kernel = self.kernel("qk_norm_gain", 32);
         let buffers = [partials, &grad];
         let arguments = Arguments { buffers: &buffers, scalars: &scalars, ..Default::default() };
         launch_strided(kernel, [self.heads as u32, 1, 1], arguments);

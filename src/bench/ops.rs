@@ -1,6 +1,8 @@
 //! Each op that has a kernel of its own, forward and backward, beside its reference: one file an op.
 
+mod attention;
 mod matmul;
+mod qk_norm;
 mod rms_norm;
 mod tape;
 
@@ -77,6 +79,8 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     let mut bench = Bench::<P> { device, dtype, rows, rate, found: vec![copy] };
     rms_norm::time(&mut bench)?;
     matmul::time(&mut bench)?;
+    attention::time(&mut bench)?;
+    qk_norm::time(&mut bench)?;
     tape::time(&mut bench)?;
     Ok(bench.found)
 }
