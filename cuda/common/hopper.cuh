@@ -1,5 +1,5 @@
 // Hopper's asynchronous machinery in thin wrappers: shared-memory barriers (mbarrier), the copy engine (TMA)
-// with rank-3 tensor maps, and the warpgroup product (wgmma) on bf16 operands in shared memory.
+// with rank-3 tensor maps, and the warpgroup product (wgmma) on bf16 operands in shared memory or registers.
 //
 // Shared memory is addressed by 32-bit addresses of the shared window. `parity` is the phase bit of a barrier: a wait
 // returns once the phase of that parity is over; a fresh barrier passes a wait for parity 1.
@@ -45,6 +45,16 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     } while (!done);
 }
 
+// A barrier of those threads of the block, in whole warps, that come to it under that number (1 to 15).
+__device__ __forceinline__ void sync_threads(u32 number, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Counts as having come there, without waiting.
+__device__ __forceinline__ void arrive_threads(u32 number, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // Fetches a map itself.
@@ -71,6 +81,30 @@ __device__ __forceinline__ void copy_out_commit() { asm volatile("cp.async.bulk.
 
 // Waits until the thread's groups have read their shared memory.
 __device__ __forceinline__ void copy_out_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Waits until the thread's groups are written.
+__device__ __forceinline__ void copy_out_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Consecutive bytes, a multiple of 16, to shared memory; they count towards the barrier.
+__device__ __forceinline__ void copy_bytes_in(u32 to, const void *from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Consecutive bytes to global memory, and floats added to those there; in groups as `copy_out`.
+__device__ __forceinline__ void copy_bytes_out(void *to, u32 from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void add_floats_out(float *to, u32 from, u32 bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Orders this thread's view of global memory with the copy engine's.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Shows this thread's writes to shared memory to the copy engine and the tensor cores (before a barrier).
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -118,6 +152,26 @@ __device__ __forceinline__ u64 operand(u32 address) {
     return ((u64)(address & 0x3ffff) >> 4) | (512ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
+// Where the copy engine puts a row's 16-byte chunk in a tile of rows of 64 or 128 bytes with the swizzle of that span.
+__device__ __forceinline__ u32 swizzled(u32 row_bytes, u32 row, u32 chunk) {
+    return row * row_bytes + 16 * (row_bytes == 128 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3));
+}
+
+// An operand of rows of 64 or 128 bytes with the swizzle of that span. Where it is not K-major, `next` bytes lie
+// between tiles that adjoin along its other dimension.
+__device__ __forceinline__ u64 operand(u32 row_bytes, u32 address, u32 next) {
+    const u64 swizzle = row_bytes == 128 ? 1 : 2;
+    return (u64)((address & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | ((u64)(8 * row_bytes >> 4) << 32) |
+           (swizzle << 62);
+}
+
+// Two floats as a pair of bf16, `low` in the lower half.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
 __device__ __forceinline__ void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -126,8 +180,15 @@ template <int PENDING> __device__ __forceinline__ void product_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Keeps the compiler from moving uses of d over this place.
+template <int COUNT> __device__ __forceinline__ void pin(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define REGISTERS_HALF "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_0 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    REGISTERS_HALF ", " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define REGISTERS_32 \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -141,6 +202,7 @@ template <int PENDING> __device__ __forceinline__ void product_wait() {
 #define FLOATS_8(i)                                                                                                   \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),       \
         "+f"(d[i + 7])
+#define FLOATS_16 FLOATS_8(0), FLOATS_8(8)
 #define FLOATS_32(i) FLOATS_8(i), FLOATS_8(i + 8), FLOATS_8(i + 16), FLOATS_8(i + 24)
 #define FLOATS_64 FLOATS_32(0), FLOATS_32(32)
 #define FLOATS_96 FLOATS_64, FLOATS_32(64)
@@ -158,7 +220,23 @@ template <int PENDING> __device__ __forceinline__ void product_wait() {
                      : FLOATS                                                                                         \
                      : "l"(a), "l"(b), "r"(add), "n"(A_ALONG), "n"(B_ALONG));                                         \
     }
+PRODUCT(32, 16, REGISTERS_HALF, FLOATS_16, 16, 17, 18, 19, 20)
+PRODUCT(64, 32, REGISTERS_0, FLOATS_32(0), 32, 33, 34, 35, 36)
 PRODUCT(128, 64, REGISTERS_0 ", " REGISTERS_32, FLOATS_64, 64, 65, 66, 67, 68)
 PRODUCT(192, 96, REGISTERS_0 ", " REGISTERS_32 ", " REGISTERS_64, FLOATS_96, 96, 97, 98, 99, 100)
 PRODUCT(256, 128, REGISTERS_0 ", " REGISTERS_32 ", " REGISTERS_64 ", " REGISTERS_96, FLOATS_128, 128, 129, 130, 131,
         132)
+
+// The same with a from registers: columns 16 k ... 16 k + 15 of a product's d, packed in order, are such an a.
+#define PRODUCT_OF_REGISTERS(N, COUNT, REGISTERS, FLOATS, A0, A1, A2, A3, B, ADD, TB)                                 \
+    template <int B_ALONG>                                                                                            \
+    __device__ __forceinline__ void product_of_registers(float (&d)[COUNT], const u32 *a, u64 b, int add) {           \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n"                                               \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, {%" #A0 ", %" #A1     \
+                     ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #TB ";\n}"                                          \
+                     : FLOATS                                                                                         \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_ALONG));                   \
+    }
+PRODUCT_OF_REGISTERS(32, 16, REGISTERS_HALF, FLOATS_16, 16, 17, 18, 19, 20, 21, 22)
+PRODUCT_OF_REGISTERS(64, 32, REGISTERS_0, FLOATS_32(0), 32, 33, 34, 35, 36, 37, 38)
+PRODUCT_OF_REGISTERS(128, 64, REGISTERS_0 ", " REGISTERS_32, FLOATS_64, 64, 65, 66, 67, 68, 69, 70)

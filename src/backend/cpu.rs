@@ -31,6 +31,7 @@ impl OnePoleOps for Cpu {
 }
 impl ParamOps for Cpu {}
 impl ReduceOps for Cpu {}
+impl QkNormOps for Cpu {}
 impl ResidualOps for Cpu {}
 impl RmsNormOps for Cpu {}
 impl RopeOps for Cpu {}

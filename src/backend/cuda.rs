@@ -31,7 +31,6 @@ pub type Cuda = burn_cuda::Cuda<f32, i32>;
 crate::plain_backend!(Cuda);
 
 impl AngleOps for Cuda {}
-impl AttentionOps for Cuda {}
 // 256 MB or 1 GB of f32 at once: few launches count more here than memory.
 impl ConvOps for Cuda {
     const CONV_ELEMENTS: usize = 1 << 28;

@@ -183,7 +183,7 @@ pub(super) fn takes(
     let sizes = |x: &CubeTensor<CudaRuntime>| -> Vec<usize> { x.meta.shape().iter().copied().collect() };
     let (a_sizes, b_sizes, c_sizes) = (sizes(a), sizes(b), sizes(c));
     let outer = a_sizes.len() - 2;
-    is_hopper(a)
+    probe_cuda::is_hopper(a.device.index)
         && a.dtype == DType::BF16
         && matches!(c.dtype, DType::BF16 | DType::F32)
         && a_sizes[..outer] == b_sizes[..outer]
@@ -192,12 +192,9 @@ pub(super) fn takes(
 
 /// Whether a product with this factor is the kernel's (if the other and the output suit it, [`takes`]).
 pub(super) fn takes_factor(x: &CubeTensor<CudaRuntime>) -> bool {
-    x.dtype == DType::BF16 && is_hopper(x) && x.meta.shape().iter().all(|size| *size > 0)
-}
-
-fn is_hopper(x: &CubeTensor<CudaRuntime>) -> bool {
-    probe_cuda::devices()
-        .is_ok_and(|devices| devices.get(x.device.index).is_some_and(|device| device.capability == (9, 0)))
+    x.dtype == DType::BF16
+        && probe_cuda::is_hopper(x.device.index)
+        && x.meta.shape().iter().all(|size| *size > 0)
 }
 
 /// `c = a b` over the last two sizes, into a dense `c`.

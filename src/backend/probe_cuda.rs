@@ -33,6 +33,11 @@ pub(super) fn devices() -> Result<&'static [CudaProbe], &'static str> {
     DEVICES.get_or_init(probe).as_deref().map_err(String::as_str)
 }
 
+/// Whether the device of that number has the instructions of Hopper (compute capability 9.0).
+pub(super) fn is_hopper(index: usize) -> bool {
+    devices().is_ok_and(|devices| devices.get(index).is_some_and(|device| device.capability == (9, 0)))
+}
+
 fn probe() -> Result<Vec<CudaProbe>, String> {
     // SAFETY: loads the driver's library, whose initialisation has no conditions, and no symbol of it.
     if !unsafe { sys::is_culib_present() } {

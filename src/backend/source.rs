@@ -12,6 +12,7 @@ const COMMON: &[(&str, &str)] = &[
     ("common/row.cuh", include_str!("../../cuda/common/row.cuh")),
     ("common/pack.cuh", include_str!("../../cuda/common/pack.cuh")),
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
+    ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
 ];
 
 /// One kernel file.

@@ -32,6 +32,13 @@ where
     kernel::into_contiguous(tensor.into_primitive())
 }
 
+/// A dense copy: it begins where the memory pool's pieces do, which is at a multiple of [`LOAD_BYTES`].
+pub fn copied<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
+    let (client, device, dtype) = (x.client.clone(), x.device.clone(), x.dtype);
+    let copy = cubecl::std::tensor::into_contiguous(&client, x.binding(), dtype.into());
+    CubeTensor::new(client, copy.handle, *copy.metadata, device, dtype)
+}
+
 /// The tensor's primitive in whatever layout it has.
 pub fn primitive<R, F, I, B, const D: usize>(tensor: Tensor<CubeBackend<R, F, I, B>, D>) -> CubeTensor<R>
 where

@@ -44,6 +44,7 @@ impl MlpOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
 impl ReduceOps for Wgpu {}
+impl QkNormOps for Wgpu {}
 impl ResidualOps for Wgpu {}
 impl RopeOps for Wgpu {}
 impl ScanOps for Wgpu {}

@@ -1,11 +1,13 @@
 //! Each op that has a kernel of its own, forward and backward, beside its reference: one file an op.
 
+mod activation;
+mod attention;
 mod cross_entropy;
 mod embedding;
-mod activation;
 mod linear;
 mod matmul;
 mod newton_schulz;
+mod qk_norm;
 mod reduce;
 mod rms_norm;
 mod stream;
@@ -91,6 +93,8 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     reduce::time(&mut bench)?;
     linear::time(&mut bench)?;
     activation::time(&mut bench)?;
+    attention::time(&mut bench)?;
+    qk_norm::time(&mut bench)?;
     tape::time(&mut bench)?;
     newton_schulz::time(&mut bench)?;
     update::time(&mut bench)?;

@@ -4,6 +4,7 @@
 use super::init::Init;
 use super::params::Params;
 use super::spec::{Linears, Spec};
+use crate::ops::qk_norm::QkNorm;
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain};
 use burn::tensor::Tensor;
@@ -144,14 +145,16 @@ impl<P: Plain> Attention<P> {
         let rows = x.dims()[0];
         let (batch, time) = (inputs.batch, rows / inputs.batch);
         let split = |y: Tensor<B, 2>, heads| y.reshape([batch, time, heads, head_dim]);
-        let rotated = |y: Tensor<B, 2>, heads: usize| {
-            let y = B::rms_norm(y.reshape([rows * heads, head_dim]), rms_eps);
-            B::rope(y.reshape([batch, time, heads, head_dim]), inputs.rope)
-        };
         let [q, k, mut v] = B::project_many(x.clone(), [&self.c_q, &self.c_k, &self.c_v]);
-        let q = rotated(q, heads);
-        let q = B::head_gain(q, &self.q_gain);
-        let mut k = rotated(k, groups);
+        let how = QkNorm {
+            batch,
+            heads,
+            groups,
+            rope: inputs.rope.clone(),
+            gain: Some(self.q_gain.clone()),
+            eps: rms_eps,
+        };
+        let [q, mut k] = B::qk_norm(q, k, &how);
         if let Some(embedding) = inputs.value_embedding {
             v = v + embedding;
         }

@@ -343,7 +343,8 @@ impl<P: Plain> Model<P> {
         let end = start + len;
         if cache.as_ref().is_none_or(|cache| cache.base != base || cache.table.len() < end) {
             let size = end.next_power_of_two();
-            let table = RopeTable::new(0, size, rotated, base, &self.device, self.compute_type);
+            let dtype = accumulate_type(self.compute_type);
+            let table = RopeTable::new(0, size, rotated, base, &self.device, dtype);
             *cache = Some(RopeCache { base, table });
         }
         cache.as_ref().map(|cache| cache.table.range(start, len)).expect("the table was just made")

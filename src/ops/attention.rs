@@ -2,63 +2,115 @@
 //!
 //! `q[b, tq, h, d]`, `k` and `v` `[b, tk, g, d]`, `h` a multiple of `g`, head `i` reads group `i / (h/g)`. Query `i`
 //! stands at position `i + tk - tq` and sees the keys up to its own: `tq = tk` is the full forward, `tq < tk` goes on
-//! from a cache of the first `tk - tq` positions. `y = softmax(scale q k^T) v`, scores and softmax in f32 (f64 for f64).
+//! from a cache of the first `tk - tq` positions. A [`Mask`] keeps it to the last of them or to its own document.
+//! `y = softmax(scale q k^T) v`, scores and softmax in f32 (f64 for f64).
 //!
 //! The reference walks over blocks of queries and parts of the batch, so that only a bounded number of scores exists
 //! at once; its backward computes the scores again.
 
 use super::tape::{primitive, record, tensor};
 use super::{Autodiff, MatmulOps, Plain, accumulate_type, reciprocal};
+use burn::tensor::backend::Backend;
 use burn::tensor::{Bool, DType, Int, Tensor};
 use std::ops::Range;
 
 /// Queries of one block of the reference.
 const QUERY_BLOCK: usize = 256;
 
+/// Which of the keys up to its own position a query sees.
+#[derive(Debug, Clone)]
+pub struct Mask<B: Backend> {
+    /// The last so many positions, its own one among them (at least 1); all where there is none.
+    pub window: Option<usize>,
+    /// For each of the positions `[b, tk]` the first of its document, where that begins: a number that does not decrease
+    /// along a sequence and is at most the position itself. What is before it is not seen.
+    pub documents: Option<Tensor<B, 2, Int>>,
+}
+
+impl<B: Backend> Mask<B> {
+    /// All keys up to the query's own position.
+    pub fn causal() -> Self {
+        Self { window: None, documents: None }
+    }
+}
+
+impl<B: Backend> Default for Mask<B> {
+    fn default() -> Self {
+        Self::causal()
+    }
+}
+
+/// What the backward gets of the forward.
+#[derive(Debug, Clone)]
+pub struct Attended<B: Backend> {
+    /// `[b, tq, h, d]`
+    pub q: Tensor<B, 4>,
+    /// `[b, tk, g, d]`
+    pub k: Tensor<B, 4>,
+    /// `[b, tk, g, d]`
+    pub v: Tensor<B, 4>,
+    /// `[b, tq, h, d]`
+    pub y: Tensor<B, 4>,
+    /// The logarithms `[b, h, tq]` of the sums of the exponentials of each query's scaled scores, where the device's
+    /// forward gives them.
+    pub log_sums: Option<Tensor<B, 3>>,
+}
+
 /// Causal attention, forward and backward.
 pub trait AttentionOps: MatmulOps {
     /// Scores that the reference holds at once.
     const SCORE_ELEMENTS: usize = 1 << 26;
 
-    /// `q[b, tq, h, d]`, `k, v[b, tk, g, d]` to `y[b, tq, h, d]`.
+    /// `q[b, tq, h, d]`, `k, v[b, tk, g, d]` to `y[b, tq, h, d]` and what its backward wants as
+    /// [`Attended::log_sums`].
+    fn attention_forward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        mask: &Mask<Self>,
+        scale: f64,
+    ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
+        (forward(q, k, v, mask, scale), None)
+    }
+
+    /// The gradients of `q`, `k` and `v` from that of `y`.
+    fn attention_backward(
+        attended: Attended<Self>,
+        grad: Tensor<Self, 4>,
+        mask: &Mask<Self>,
+        scale: f64,
+    ) -> [Tensor<Self, 4>; 3] {
+        backward(attended, grad, mask, scale)
+    }
+
+    /// [`Self::attention_forward`]'s `y` over all keys up to the query's own position.
     fn causal_attention(
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
         v: Tensor<Self, 4>,
         scale: f64,
     ) -> Tensor<Self, 4> {
-        forward(q, k, v, scale)
-    }
-
-    /// The gradients of `q`, `k` and `v` from the output `y` and its gradient.
-    fn causal_attention_backward(
-        q: Tensor<Self, 4>,
-        k: Tensor<Self, 4>,
-        v: Tensor<Self, 4>,
-        y: Tensor<Self, 4>,
-        grad: Tensor<Self, 4>,
-        scale: f64,
-    ) -> [Tensor<Self, 4>; 3] {
-        backward(q, k, v, y, grad, scale)
+        Self::attention_forward(q, k, v, &Mask::causal(), scale).0
     }
 }
 
 impl<B: Plain> AttentionOps for Autodiff<B> {
-    fn causal_attention(
+    fn attention_forward(
         q: Tensor<Self, 4>,
         k: Tensor<Self, 4>,
         v: Tensor<Self, 4>,
+        mask: &Mask<Self>,
         scale: f64,
-    ) -> Tensor<Self, 4> {
+    ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
         let parents = [primitive(q), primitive(k), primitive(v)];
-        let inputs: [Tensor<B, 4>; 3] = parents.each_ref().map(|p| tensor(p.primitive.clone()));
-        let [q, k, v] = inputs.clone();
-        let output = B::causal_attention(q, k, v, scale);
-        let y = output.clone();
-        record(parents, output, move |grad| {
-            let [q, k, v] = inputs.clone();
-            B::causal_attention_backward(q, k, v, y.clone(), grad, scale).map(primitive)
-        })
+        let [q, k, v]: [Tensor<B, 4>; 3] = parents.each_ref().map(|p| tensor(p.primitive.clone()));
+        let mask = Mask { window: mask.window, documents: mask.documents.clone().map(Tensor::inner) };
+        let (y, log_sums) = B::attention_forward(q.clone(), k.clone(), v.clone(), &mask, scale);
+        let attended = Attended { q, k, v, y: y.clone(), log_sums };
+        let y = record(parents, y, move |grad| {
+            B::attention_backward(attended.clone(), grad, &mask, scale).map(primitive)
+        });
+        (y, None)
     }
 }
 
@@ -112,14 +164,30 @@ impl Blocks {
         x.permute([0, 3, 1, 2, 4]).reshape([n, time, self.groups * self.per_group, self.size])
     }
 
-    /// Which of a block's scores `[1, 1, 1, block, seen]` lie after the query.
-    fn future<B: AttentionOps>(&self, block: &Range<usize>, device: &B::Device) -> Tensor<B, 5, Bool> {
+    /// Which of a block's scores `[1 or n, 1, 1, block, seen]` are of keys that the query does not see.
+    fn hidden<B: AttentionOps>(
+        &self,
+        mask: &Mask<B>,
+        part: &Range<usize>,
+        block: &Range<usize>,
+        device: &B::Device,
+    ) -> Tensor<B, 5, Bool> {
         let (rows, seen) = (block.len(), self.seen(block));
-        let first = (block.start + self.keys - self.queries) as i64;
-        let query = Tensor::<B, 1, Int>::arange(first..first + rows as i64, device).reshape([rows, 1]);
-        let key = Tensor::<B, 1, Int>::arange(0..seen as i64, device).reshape([1, seen]);
-        let future = key.expand([rows, seen]).greater(query.expand([rows, seen]));
-        future.reshape([1, 1, 1, rows, seen])
+        let first = block.start + self.keys - self.queries;
+        let query = Tensor::<B, 1, Int>::arange(first as i64..(first + rows) as i64, device);
+        let query = query.reshape([rows, 1]).expand([rows, seen]);
+        let key = Tensor::<B, 1, Int>::arange(0..seen as i64, device).reshape([1, seen]).expand([rows, seen]);
+        let mut hidden = key.clone().greater(query.clone());
+        if let Some(window) = mask.window {
+            assert!(window > 0, "a window of no position, not even the query's own");
+            hidden = hidden.bool_or(key.clone().lower_equal(query.sub_scalar(window.min(self.keys) as i64)));
+        }
+        let Some(starts) = &mask.documents else { return hidden.reshape([1, 1, 1, rows, seen]) };
+        let n = part.len();
+        let starts = starts.clone().slice([part.clone(), first..first + rows]).reshape([n, rows, 1]);
+        let before =
+            key.reshape([1, rows, seen]).expand([n, rows, seen]).lower(starts.expand([n, rows, seen]));
+        hidden.reshape([1, rows, seen]).expand([n, rows, seen]).bool_or(before).reshape([n, 1, 1, rows, seen])
     }
 
     /// For a block of grouped queries (already scaled) `exp(scores - max)`, `[n, g, (h/g) block, seen]`, and the
@@ -128,15 +196,14 @@ impl Blocks {
         &self,
         q: Tensor<B, 4>,
         k: Tensor<B, 4>,
-        block: &Range<usize>,
+        hidden: Tensor<B, 5, Bool>,
         dtype: DType,
     ) -> [Tensor<B, 4>; 2] {
-        let (n, seen) = (q.dims()[0], self.seen(block));
-        let future = self.future::<B>(block, &q.device());
-        let shape = [n, self.groups, self.per_group, block.len(), seen];
+        let (n, [.., rows, seen]) = (q.dims()[0], hidden.dims());
+        let shape = [n, self.groups, self.per_group, rows, seen];
         let scores = B::matmul_as(q, k.transpose(), dtype).reshape(shape);
-        let scores = scores.mask_fill(future.expand(shape), f32::NEG_INFINITY);
-        let scores = scores.reshape([n, self.groups, self.per_group * block.len(), seen]);
+        let scores = scores.mask_fill(hidden.expand(shape), f32::NEG_INFINITY);
+        let scores = scores.reshape([n, self.groups, self.per_group * rows, seen]);
         let exp = (scores.clone() - scores.max_dim(3)).exp();
         [exp.clone(), reciprocal(exp.sum_dim(3))]
     }
@@ -153,6 +220,7 @@ pub fn forward<B: AttentionOps>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
+    mask: &Mask<B>,
     scale: f64,
 ) -> Tensor<B, 4> {
     let (dtype, wide) = (q.dtype(), accumulate_type(q.dtype()));
@@ -166,7 +234,8 @@ pub fn forward<B: AttentionOps>(
             let (keys, values) =
                 (by_group(&k, &part, cut.seen(&block)), by_group(&v, &part, cut.seen(&block)));
             let queries = cut.grouped(queries.mul_scalar(scale));
-            let [exp, inverse] = cut.exponentials(queries, keys, &block, wide);
+            let hidden = cut.hidden(mask, &part, &block, &q.device());
+            let [exp, inverse] = cut.exponentials(queries, keys, hidden, wide);
             let y = B::matmul_as(exp.cast(dtype), values, wide) * inverse;
             blocks.push(cut.ungrouped(y.cast(dtype)));
         }
@@ -178,13 +247,12 @@ pub fn forward<B: AttentionOps>(
 /// The reference backward: with `P` the probabilities, `gv = P^T gy`, `gP = gy v^T`,
 /// `gS = P (gP - rowsum(gy y))`, `gq = scale gS k`, `gk = scale gS^T q`.
 pub fn backward<B: AttentionOps>(
-    q: Tensor<B, 4>,
-    k: Tensor<B, 4>,
-    v: Tensor<B, 4>,
-    y: Tensor<B, 4>,
+    attended: Attended<B>,
     grad: Tensor<B, 4>,
+    mask: &Mask<B>,
     scale: f64,
 ) -> [Tensor<B, 4>; 3] {
+    let Attended { q, k, v, y, .. } = attended;
     let (dtype, wide) = (q.dtype(), accumulate_type(q.dtype()));
     let cut = Blocks::new(&q, &k);
     let heads = cut.groups * cut.per_group;
@@ -201,7 +269,8 @@ pub fn backward<B: AttentionOps>(
             let grads = cut.grouped(grad.clone().slice(ranges)).cast(wide);
             let seen = cut.seen(&block);
             let (keys, values) = (by_group(&k, &part, seen), by_group(&v, &part, seen));
-            let [exp, inverse] = cut.exponentials(queries.clone(), keys.clone(), &block, wide);
+            let hidden = cut.hidden(mask, &part, &block, &q.device());
+            let [exp, inverse] = cut.exponentials(queries.clone(), keys.clone(), hidden, wide);
 
             // P = exp inverse; the reciprocal goes to the smaller side of every product.
             let grads = grads * inverse;

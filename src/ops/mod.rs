@@ -17,10 +17,11 @@ pub mod embedding;
 pub mod hash;
 pub mod linear;
 pub mod matmul;
-pub mod newton_schulz;
 pub mod mlp;
+pub mod newton_schulz;
 pub mod one_pole;
 pub mod param;
+pub mod qk_norm;
 pub mod reduce;
 pub mod residual;
 pub mod rms_norm;
@@ -42,18 +43,19 @@ pub use cross_entropy::CrossEntropyOps;
 pub use embedding::EmbeddingOps;
 pub use linear::LinearOps;
 pub use matmul::MatmulOps;
-pub use newton_schulz::NewtonSchulzOps;
 pub use mlp::MlpOps;
+pub use newton_schulz::NewtonSchulzOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
+pub use qk_norm::QkNormOps;
 pub use reduce::ReduceOps;
 pub use residual::ResidualOps;
 pub use rms_norm::RmsNormOps;
 pub use rope::RopeOps;
 pub use scan::ScanOps;
 pub use selective_scan::SelectiveScanOps;
-pub use update::UpdateOps;
 pub use stream::StreamOps;
+pub use update::UpdateOps;
 pub use xsa::XsaOps;
 
 use burn::tensor::{DType, Tensor};
@@ -89,6 +91,7 @@ pub trait Backend:
     + OnePoleOps
     + ParamOps
     + ReduceOps
+    + QkNormOps
     + ResidualOps
     + RmsNormOps
     + RopeOps
@@ -115,6 +118,7 @@ impl<B> Backend for B where
         + OnePoleOps
         + ParamOps
         + ReduceOps
+        + QkNormOps
         + ResidualOps
         + RmsNormOps
         + RopeOps

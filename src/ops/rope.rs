@@ -45,6 +45,17 @@ impl<B: Plain> RopeTable<B> {
         Self { cos: self.cos.clone().narrow(0, start, len), sin: self.sin.clone().narrow(0, start, len) }
     }
 
+    /// The cosines and sines in the type `dtype`.
+    fn cast(&self, dtype: DType) -> [Tensor<B, 2>; 2] {
+        let cast = |x: &Tensor<B, 2>| if x.dtype() == dtype { x.clone() } else { x.clone().cast(dtype) };
+        [cast(&self.cos), cast(&self.sin)]
+    }
+
+    /// Channels that rotate.
+    pub fn rotated(&self) -> usize {
+        2 * self.cos.dims()[1]
+    }
+
     /// Number of positions.
     pub fn len(&self) -> usize {
         self.cos.dims()[0]
@@ -74,12 +85,14 @@ fn host_tensor<B: Plain>(
 pub trait RopeOps: Base {
     /// Rotates `x[b, t, h, d]` by the table of its `t` positions.
     fn rope(x: Tensor<Self, 4>, table: &RopeTable<Self::Plain>) -> Tensor<Self, 4> {
-        rotate(x, Self::lift(table.cos.clone()), Self::lift(table.sin.clone()))
+        let [cos, sin] = table.cast(x.dtype());
+        rotate(x, Self::lift(cos), Self::lift(sin))
     }
 
     /// The gradient of `x`: the rotation the other way.
     fn rope_backward(grad: Tensor<Self, 4>, table: &RopeTable<Self::Plain>) -> Tensor<Self, 4> {
-        rotate(grad, Self::lift(table.cos.clone()), Self::lift(table.sin.clone()).neg())
+        let [cos, sin] = table.cast(grad.dtype());
+        rotate(grad, Self::lift(cos), Self::lift(sin).neg())
     }
 }
 

@@ -3,10 +3,11 @@
 use super::case::{Case, integers};
 use crate::error::{Error, Result};
 use crate::ops::cross_entropy::softcap;
+use crate::ops::qk_norm::QkNorm;
 use crate::ops::rms_norm::EPS;
 use crate::ops::rope::RopeTable;
 use crate::ops::{
-    AttentionOps, Autodiff, CrossEntropyOps, Param, Plain, ResidualOps, RmsNormOps, RopeOps, reduce,
+    AttentionOps, Autodiff, CrossEntropyOps, Param, Plain, QkNormOps, RmsNormOps, RopeOps, reduce,
 };
 use burn::tensor::{DType, Tensor};
 
@@ -140,13 +141,11 @@ pub(super) fn normed_attention<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     let gain = Param::new("gain", case.float::<1>("in.gain")?, case.dtype);
     let cot = like(case, "cot.y", "in.q")?;
     let [q, k, v] = [q, k, v].map(tracked);
-    let turned = |x: &Tensor<Autodiff<P>, 4>| {
-        let dims = x.dims();
-        let rows = Autodiff::<P>::rms_norm(x.clone().reshape([dims[0] * dims[1] * dims[2], size]), eps);
-        Autodiff::<P>::rope(rows.reshape(dims), &table)
-    };
-    let gained = Autodiff::<P>::head_gain(turned(&q), &gain);
-    let y = Autodiff::<P>::causal_attention(gained, turned(&k), v.clone(), scale);
+    let [batch, _, groups, _] = k.dims();
+    let rows = |x: &Tensor<Autodiff<P>, 4>, heads: usize| x.clone().reshape([batch * time, heads * size]);
+    let how = QkNorm { batch, heads: count, groups, rope: table, gain: Some(gain.clone()), eps };
+    let [normed_q, normed_k] = Autodiff::<P>::qk_norm(rows(&q, count), rows(&k, groups), &how);
+    let y = Autodiff::<P>::causal_attention(normed_q, normed_k, v.clone(), scale);
     give_heads(case, "out.y", Some(y.clone().inner()))?;
     let grads = (y * lifted(cot)).backward();
     for (name, x) in [("grad.q", q), ("grad.k", k), ("grad.v", v)] {

@@ -1,0 +1,302 @@
+//! Attention on Hopper: how `cuda/attention_forward.cu`, `cuda/attention_rows.cu` and `cuda/attention_backward.cu` are
+//! launched. bf16 heads of 32, 64 or 128 channels; anything else is the reference's.
+
+use super::cuda::Cuda;
+use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, launch};
+use super::probe_cuda;
+use super::source::Source;
+use super::tensor::{copied, dense, empty, primitive, tensor};
+use crate::ops::AttentionOps;
+use crate::ops::attention::{self, Attended, Mask};
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::cuda::CudaRuntime;
+
+static FORWARD: Source = Source::new("attention_forward.cu", include_str!("../../cuda/attention_forward.cu"));
+static ROWS: Source = Source::new("attention_rows.cu", include_str!("../../cuda/attention_rows.cu"));
+static BACKWARD: Source =
+    Source::new("attention_backward.cu", include_str!("../../cuda/attention_backward.cu"));
+
+/// Queries of the forward's tile, keys of the backward's block.
+const TILE: usize = 192;
+const KEY_BLOCK: usize = 128;
+
+/// Bytes of keys and values that the forward walks together: what stays in the L2 cache.
+const SECTION_BYTES: usize = 16 << 20;
+
+impl AttentionOps for Cuda {
+    fn attention_forward(
+        q: Tensor<Self, 4>,
+        k: Tensor<Self, 4>,
+        v: Tensor<Self, 4>,
+        mask: &Mask<Self>,
+        scale: f64,
+    ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
+        let Some(call) = Call::new([&q, &k, &v], mask, scale) else {
+            return (attention::forward(q, k, v, mask, scale), None);
+        };
+        let (y, log_sums) = call.forward([q, k, v].map(Heads::new));
+        (tensor(y), Some(tensor(log_sums)))
+    }
+
+    fn attention_backward(
+        attended: Attended<Self>,
+        grad: Tensor<Self, 4>,
+        mask: &Mask<Self>,
+        scale: f64,
+    ) -> [Tensor<Self, 4>; 3] {
+        let call = Call::new([&attended.q, &attended.k, &attended.v], mask, scale);
+        let (Some(call), Some(log_sums)) = (call, attended.log_sums.clone()) else {
+            return attention::backward(attended, grad, mask, scale);
+        };
+        let grad = if grad.dtype() == DType::BF16 { grad } else { grad.cast(DType::BF16) };
+        let [y, grad] = [attended.y, grad].map(|x| {
+            let x = dense(x);
+            if is_aligned(&x) { x } else { copied(x) }
+        });
+        let inputs = [attended.q, attended.k, attended.v].map(Heads::new);
+        call.backward(inputs, &y, &grad, &dense(log_sums)).map(tensor)
+    }
+}
+
+/// Whether the tensor begins at a multiple of 16 bytes.
+fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
+    x.handle.offset_start.unwrap_or(0).is_multiple_of(16)
+}
+
+/// From one sequence, and from one position, of `[b, t, n, d]` to the next, if the copy engine reads these strides (in
+/// elements of two bytes) as rows of `n d` elements.
+fn row_strides([batch, time, heads, size]: [usize; 4], strides: [usize; 4]) -> Option<[usize; 2]> {
+    let row = heads * size;
+    let are_rows = strides[3] == 1 && (heads == 1 || strides[2] == size);
+    // Where there is one, its stride says nothing.
+    let of_time = if time == 1 { row } else { strides[1] };
+    let of_batch = if batch == 1 { of_time * time } else { strides[0] };
+    let fits = |stride: usize| stride >= row && (2 * stride).is_multiple_of(16);
+    (are_rows && fits(of_time) && fits(of_batch)).then_some([of_batch, of_time])
+}
+
+/// Heads `[b, t, n, d]` as the copy engine reads them: where they lie if it can, else a dense copy.
+struct Heads {
+    tensor: CubeTensor<CudaRuntime>,
+    shape: [usize; 4],
+    strides: [usize; 2],
+}
+
+impl Heads {
+    fn new(x: Tensor<Cuda, 4>) -> Self {
+        let shape = x.dims();
+        let mut x = primitive(x);
+        let strides: [usize; 4] = std::array::from_fn(|i| x.meta.strides()[i]);
+        let strides = row_strides(shape, strides).filter(|_| is_aligned(&x)).unwrap_or_else(|| {
+            x = copied(x.clone());
+            let row = shape[2] * shape[3];
+            [shape[1] * row, row]
+        });
+        Self { tensor: x, shape, strides }
+    }
+
+    fn map(&self) -> TensorMap<'_> {
+        let [batch, time, heads, size] = self.shape;
+        TensorMap {
+            tensor: &self.tensor,
+            shape: vec![batch, time, heads * size],
+            strides: vec![self.strides[0], self.strides[1], 1],
+            tile: vec![1, 64, size.min(64)],
+            swizzle: if size == 32 { TensorMapSwizzle::B64 } else { TensorMapSwizzle::B128 },
+        }
+    }
+
+    /// Uninitialised dense heads on the device of these.
+    fn like(&self, shape: [usize; 4]) -> Self {
+        let row = shape[2] * shape[3];
+        Self { tensor: empty(&self.tensor, shape, DType::BF16), shape, strides: [shape[1] * row, row] }
+    }
+}
+
+/// Sizes and mask of a call that the kernels take.
+struct Call {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    groups: usize,
+    size: usize,
+    scale: f32,
+    window: Option<usize>,
+    starts: Option<CubeTensor<CudaRuntime>>,
+}
+
+impl Call {
+    fn new([q, k, v]: [&Tensor<Cuda, 4>; 3], mask: &Mask<Cuda>, scale: f64) -> Option<Self> {
+        let ([batch, queries, heads, size], [_, keys, groups, _]) = (q.dims(), k.dims());
+        let is_bf16 = [q, k, v].iter().all(|x| x.dtype() == DType::BF16);
+        let fits = probe_cuda::is_hopper(q.device().index)
+            && is_bf16
+            && matches!(size, 32 | 64 | 128)
+            && queries.min(batch).min(groups) > 0
+            && queries <= keys
+            && heads.is_multiple_of(groups)
+            && batch < 1 << 16
+            && groups < 1 << 16
+            && queries.div_ceil(64) * batch * heads < 1 << 31
+            && keys < 1 << 30
+            && scale > 0.0
+            && mask.window != Some(0);
+        if !fits {
+            return None;
+        }
+        let starts = match &mask.documents {
+            None => None,
+            Some(starts) => {
+                assert_eq!(starts.dims(), [batch, keys], "a document's start for each position");
+                let starts = into_contiguous(starts.clone().into_primitive());
+                if starts.dtype != DType::I32 {
+                    return None;
+                }
+                Some(starts)
+            }
+        };
+        let window = mask.window.filter(|window| *window < keys);
+        Some(Self { batch, queries, keys, heads, groups, size, scale: scale as f32, window, starts })
+    }
+
+    fn kernel(&self, source: &'static Source, entry: &'static str, block: u32, shared: usize) -> CudaKernel {
+        let flag = |on: bool| u8::from(on).to_string();
+        let constants = vec![
+            ("HEAD", self.size.to_string()),
+            ("WINDOW", flag(self.window.is_some())),
+            ("DOCUMENTS", flag(self.starts.is_some())),
+        ];
+        CudaKernel { source, entry, constants, block, shared_bytes: shared }
+    }
+
+    /// The scalars of all three kernels; `query_row` is the backward's stride of `gq`.
+    fn scalars(&self, query_row: usize) -> [u64; 9] {
+        let per_head = self.keys * self.size * 4 * self.groups / self.heads;
+        let section = (SECTION_BYTES / per_head.max(1)).clamp(1, self.batch * self.heads);
+        let [batch, queries, keys, heads, groups, window, section, query_row] = [
+            self.batch,
+            self.queries,
+            self.keys,
+            self.heads,
+            self.groups,
+            self.window.unwrap_or(0),
+            section,
+            query_row,
+        ]
+        .map(|size| size as u64);
+        [batch, queries, keys, heads, groups, float_word(self.scale), window, section, query_row]
+    }
+
+    /// Queries of a block of the backward.
+    fn query_block(&self) -> usize {
+        if self.size == 128 { 64 } else { 128 }
+    }
+
+    /// Operations of one product of queries with the keys that they see (all of a document's, with documents).
+    fn product(&self) -> f64 {
+        let seen =
+            |query: usize| (query + 1 + self.keys - self.queries).min(self.window.unwrap_or(self.keys));
+        let pairs: usize = (0..self.queries).map(seen).sum();
+        2.0 * (self.batch * self.heads * self.size) as f64 * pairs as f64
+    }
+
+    /// `y` and the logarithms of the sums.
+    fn forward(&self, [q, k, v]: [Heads; 3]) -> (CubeTensor<CudaRuntime>, CubeTensor<CudaRuntime>) {
+        let y = q.like(q.shape);
+        let log_sums = empty(&q.tensor, [self.batch, self.heads, self.queries], DType::F32);
+        let multiprocessors =
+            q.tensor.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let tiles = self.queries.div_ceil(TILE) * self.batch * self.heads;
+        let kernel = self.kernel(&FORWARD, "attention_forward", 512, forward_bytes(self.size));
+        let maps = [&q, &k, &v, &y].map(Heads::map);
+        let buffers: Vec<_> = [&log_sums].into_iter().chain(&self.starts).collect();
+        let scalars = self.scalars(0);
+        let arguments =
+            Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations: 2.0 * self.product() };
+        launch(kernel, [tiles.min(multiprocessors) as u32, 1, 1], arguments);
+        drop(maps);
+        (y.tensor, log_sums)
+    }
+
+    /// The gradients of `q`, `k` and `v`.
+    fn backward(
+        &self,
+        [q, k, v]: [Heads; 3],
+        y: &CubeTensor<CudaRuntime>,
+        grad: &CubeTensor<CudaRuntime>,
+        log_sums: &CubeTensor<CudaRuntime>,
+    ) -> [CubeTensor<CudaRuntime>; 3] {
+        // The kernel writes each wherever its rows lie.
+        let [grad_q, grad_k, grad_v] = [&q, &k, &v].map(|x| q.like(x.shape));
+        let block = self.query_block();
+        let blocks = self.queries.div_ceil(block);
+        let rows = 2 + usize::from(self.starts.is_some());
+        let workspace = |last: &[usize], dtype| {
+            let shape: Vec<usize> = [&[self.batch, self.heads, blocks], last].concat();
+            empty(y, shape, dtype)
+        };
+        let stats = workspace(&[rows, block], DType::F32);
+        let turns = workspace(&[], DType::U32);
+        let sums = workspace(&[block, self.size], DType::F32);
+        let scalars = self.scalars(grad_q.strides[1]);
+
+        let kernel = self.kernel(&ROWS, "attention_rows", 256, 0);
+        let lanes = self.batch * blocks * block * self.heads * (self.size / 8);
+        let buffers: Vec<_> =
+            [y, grad, log_sums].into_iter().chain(&self.starts).chain([&stats, &turns]).collect();
+        let arguments = Arguments { buffers: &buffers, scalars: &scalars, ..Default::default() };
+        launch(kernel, [lanes.div_ceil(256) as u32, 1, 1], arguments);
+
+        let kernel = self.kernel(&BACKWARD, "attention_backward", 384, backward_bytes(self.size));
+        let row = self.heads * self.size;
+        let grad = Heads { tensor: grad.clone(), shape: q.shape, strides: [self.queries * row, row] };
+        let maps = [&q, &grad, &k, &v, &grad_k, &grad_v].map(Heads::map);
+        let buffers: Vec<_> = self.starts.iter().chain([&stats, &turns, &sums, &grad_q.tensor]).collect();
+        let grid = [self.keys.div_ceil(KEY_BLOCK), self.groups, self.batch].map(|size| size as u32);
+        let operations = 5.0 * self.product();
+        launch(kernel, grid, Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations });
+        drop(maps);
+        [grad_q, grad_k, grad_v].map(|heads| heads.tensor)
+    }
+}
+
+/// Dynamic shared memory of the forward: two tiles of queries, two stages of keys and values.
+fn forward_bytes(size: usize) -> usize {
+    let keys = if size == 128 { 64 } else { 128 };
+    2 * TILE * size * 2 + 2 * 2 * keys * size * 2
+}
+
+/// Of the backward: keys and values, two stages of queries and gradients, two of score gradients, a block's sums.
+fn backward_bytes(size: usize) -> usize {
+    let queries = if size == 128 { 64 } else { 128 };
+    2 * KEY_BLOCK * size * 2 + 4 * queries * size * 2 + 2 * KEY_BLOCK * queries * 2 + queries * size * 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_packed_projection_are_read_where_they_lie() {
+        // Dense; the keys of [b t, (8 + 2 4) 64]; sequences and positions swapped; one sequence, one position.
+        assert_eq!(row_strides([2, 7, 8, 64], [3584, 512, 64, 1]), Some([3584, 512]));
+        assert_eq!(row_strides([2, 7, 4, 64], [7168, 1024, 64, 1]), Some([7168, 1024]));
+        assert_eq!(row_strides([2, 7, 4, 64], [256, 512, 64, 1]), Some([256, 512]));
+        assert_eq!(row_strides([1, 7, 4, 64], [3, 256, 64, 1]), Some([1792, 256]));
+        assert_eq!(row_strides([3, 1, 1, 32], [64, 5, 7, 1]), Some([64, 32]));
+        // Heads apart, channels apart, rows that begin between multiples of 16 bytes, one row for all.
+        assert_eq!(row_strides([2, 7, 8, 64], [3584, 64, 448, 1]), None);
+        assert_eq!(row_strides([2, 7, 1, 64], [448, 1, 7, 7]), None);
+        assert_eq!(row_strides([2, 7, 4, 64], [7 * 260, 260, 64, 1]), None);
+        assert_eq!(row_strides([2, 7, 4, 64], [0, 256, 64, 1]), None);
+    }
+
+    #[test]
+    fn a_block_has_the_shared_memory() {
+        assert_eq!([32, 64, 128].map(forward_bytes), [57_344, 114_688, 163_840]);
+        assert_eq!([32, 64, 128].map(backward_bytes), [131_072, 196_608, 196_608]);
+    }
+}
