@@ -2,8 +2,10 @@
 //!
 //! Tolerance (DESIGN.md, parity rule): twice the error of the reference, in f32 on the CPU and with the gradient of the
 //! logits and that of `h` rounded to the device's precision; at least twice the distance between neighbouring numbers.
-//! Errors are shares of what a sum adds up in magnitude: of a row's largest logit for a loss, of a row of `gh` and `gw`
-//! for these. Losses of bf16 rows may also be off by what tensor cores truncate: a last place of f32 for each 16 terms.
+//! Errors are shares of a row's scale: for a loss what its largest logit adds up in magnitude, for `gh` and `gw` what
+//! the largest of their sums does, each term with its condition (an exponential of `z` is off by as many last places as
+//! `z` has units, `1 - tanh^2` by one of `tanh`). Losses of bf16 rows may also be off by what tensor cores truncate: a
+//! last place of f32 for each 16 terms.
 
 mod common;
 
@@ -85,40 +87,41 @@ impl Case {
             grad_w: vec![0.0; vocab * columns],
         };
         let (mut found, mut rounded, mut sizes) = (zeros(), zeros(), zeros());
-        let (mut z, mut slope) = (vec![0.0; vocab], vec![0.0; vocab]);
+        let (mut z, mut tanh) = (vec![0.0; vocab], vec![0.0; vocab]);
         for row in 0..rows {
             let h = &self.h[row * columns..][..columns];
-            let mut largest = 1.0f64;
+            let (mut largest, mut size_of_largest) = (0.0f64, 0.0f64);
             for v in 0..vocab {
                 let terms = h.iter().zip(&self.w[v * columns..][..columns]).map(|(h, w)| h * w);
                 let (sum, size) =
                     terms.fold((0.0, 0.0f64), |(sum, size), term| (sum + term, size + term.abs()));
-                largest = largest.max(size);
-                let tanh = cap.map_or(0.0, |cap| (sum / cap).tanh());
-                z[v] = cap.map_or(sum, |cap| cap * tanh);
-                slope[v] = self.grad[row] * (1.0 - tanh * tanh);
+                (largest, size_of_largest) = (largest.max(sum.abs()), size_of_largest.max(size));
+                tanh[v] = cap.map_or(0.0, |cap| (sum / cap).tanh());
+                z[v] = cap.map_or(sum, |cap| cap * tanh[v]);
             }
-            sizes.nll.push(largest);
             let most = z.iter().fold(f64::NEG_INFINITY, |most, z| most.max(*z));
             let lse = most + z.iter().map(|z| (z - most).exp()).sum::<f64>().ln();
             let target = self.targets[row] as usize;
             found.nll.push(lse - z[target]);
-            rounded.nll.push(round(
-                lse - z[target],
-                if precision == Precision::F64 { precision } else { Precision::F32 },
-            ));
+            rounded.nll.push(round(lse - z[target], precision.master()));
+            sizes.nll.push(size_of_largest + lse.abs() + 1.0);
             for v in 0..vocab {
                 let hot = if v == target { 1.0 } else { 0.0 };
-                let exact = ((z[v] - lse).exp() - hot) * slope[v];
+                let (p, slope) = ((z[v] - lse).exp(), 1.0 - tanh[v] * tanh[v]);
+                let exact = (p - hot) * slope * self.grad[row];
                 let near = round(exact, precision);
+                // A last place of the logits and of the tangent, seen in what follows from them.
+                let by_logit = p * slope * (1.0 + largest);
+                let by_tanh = (p - hot).abs() * 2.0 * tanh[v] * tanh[v];
+                let size = exact.abs() + (by_logit + by_tanh) * self.grad[row].abs();
                 for (c, h) in h.iter().enumerate() {
                     let (w, of_h, of_w) = (self.w[v * columns + c], row * columns + c, v * columns + c);
                     found.grad_h[of_h] += exact * w;
                     rounded.grad_h[of_h] += near * w;
-                    sizes.grad_h[of_h] += (exact * w).abs();
+                    sizes.grad_h[of_h] += size * w.abs();
                     found.grad_w[of_w] += exact * h;
                     rounded.grad_w[of_w] += near * h;
-                    sizes.grad_w[of_w] += (exact * h).abs();
+                    sizes.grad_w[of_w] += size * h.abs();
                 }
             }
         }

@@ -41,11 +41,11 @@ const SHAPES: [([usize; 3], Ids); 16] = [
     ([1025, 300, 112], Ids::Uniform),
     ([4096, 1024, 64], Ids::Skewed),
     ([4097, 257, 1], Ids::Halves),
-    ([3000, 1024, 512], Ids::Skewed),
-    ([5000, 4096, 128], Ids::Uniform),
-    ([2500, 10_240, 20], Ids::Skewed),
+    ([1500, 1024, 512], Ids::Skewed),
+    ([2000, 4096, 128], Ids::Uniform),
+    ([1200, 10_240, 20], Ids::Skewed),
     ([20_000, 512, 8], Ids::One),
-    ([140_001, 300, 8], Ids::Skewed),
+    ([140_001, 40, 8], Ids::Skewed),
     ([300, 50_257, 4], Ids::Uniform),
 ];
 
