@@ -29,8 +29,9 @@
 // parts interleave their slices. Clusters with multicast, which the hardware spreads over the GPCs, were slower.
 // Shared bytes: SHARED_BYTES. Tensor maps: rank 3, 128-byte swizzle; boxes of a and b [1, 64, 64], of c and e
 // [1, 16, 128 / sizeof(OUT)].
-// Invariants: every element of c is written exactly once; what of a box lies outside a tensor arrives as zeros or is
-// not written. A slice is released by each of the 8 multiplying warps once the tensor cores have read it.
+// Invariants: every element of c (and of e, if EPILOGUE is 3) is written exactly once; what of a box lies outside a
+// tensor arrives as zeros or is not written. A slice is released by each of the 8 multiplying warps once the tensor
+// cores have read it.
 // Numerics: f32 sums on the tensor cores, 16 of k at a time, ascending (they truncate: about 1e-5 of a sum of random
 // signs over 16,384 k); one rounding to OUT at the end. No atomics: the order of every sum follows from the shape, the
 // splits and the entry, so that equal calls give equal bits.
