@@ -26,6 +26,7 @@ impl LinearOps for Cpu {}
 impl MlpOps for Cpu {}
 impl MatmulOps for Cpu {}
 impl NewtonSchulzOps for Cpu {}
+impl NormedAttentionOps for Cpu {}
 impl OnePoleOps for Cpu {
     const ONE_POLE_ELEMENTS: usize = 1 << 21;
 }

@@ -46,18 +46,35 @@ impl AttentionOps for Cuda {
         mask: &Mask<Self>,
         scale: f64,
     ) -> [Tensor<Self, 4>; 3] {
-        let call = Call::new([&attended.q, &attended.k, &attended.v], mask, scale);
-        let (Some(call), Some(log_sums)) = (call, attended.log_sums.clone()) else {
-            return attention::backward(attended, grad, mask, scale);
-        };
-        let grad = if grad.dtype() == DType::BF16 { grad } else { grad.cast(DType::BF16) };
-        let [y, grad] = [attended.y, grad].map(|x| {
-            let x = dense(x);
-            if is_aligned(&x) { x } else { copied(x) }
-        });
-        let inputs = [attended.q, attended.k, attended.v].map(Heads::new);
-        call.backward(inputs, &y, &grad, &dense(log_sums)).map(tensor)
+        match backward_into(&attended, &grad, mask, scale, None) {
+            Some(grads) => grads.map(tensor),
+            None => attention::backward(attended, grad, mask, scale),
+        }
     }
+}
+
+/// [`AttentionOps::attention_backward`] by the kernels, if they take these; the gradient of `v` into the place given,
+/// `[b, t, g, d]`, whose rows of `g d` elements may lie apart.
+pub(super) fn backward_into(
+    attended: &Attended<Cuda>,
+    grad: &Tensor<Cuda, 4>,
+    mask: &Mask<Cuda>,
+    scale: f64,
+    place: Option<CubeTensor<CudaRuntime>>,
+) -> Option<[CubeTensor<CudaRuntime>; 3]> {
+    let call = Call::new([&attended.q, &attended.k, &attended.v], mask, scale)?;
+    let log_sums = attended.log_sums.clone()?;
+    let place = match place {
+        Some(place) => Some(Heads::at(place)?),
+        None => None,
+    };
+    let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
+    let [y, grad] = [attended.y.clone(), grad].map(|x| {
+        let x = dense(x);
+        if is_aligned(&x) { x } else { copied(x) }
+    });
+    let inputs = [&attended.q, &attended.k, &attended.v].map(|x| Heads::new(x.clone()));
+    Some(call.backward(inputs, &y, &grad, &dense(log_sums), place))
 }
 
 /// Whether the tensor begins at a multiple of 16 bytes.
@@ -87,14 +104,19 @@ struct Heads {
 impl Heads {
     fn new(x: Tensor<Cuda, 4>) -> Self {
         let shape = x.dims();
-        let mut x = primitive(x);
-        let strides: [usize; 4] = std::array::from_fn(|i| x.meta.strides()[i]);
-        let strides = row_strides(shape, strides).filter(|_| is_aligned(&x)).unwrap_or_else(|| {
-            x = copied(x.clone());
+        let x = primitive(x);
+        Self::at(x.clone()).unwrap_or_else(|| {
             let row = shape[2] * shape[3];
-            [shape[1] * row, row]
-        });
-        Self { tensor: x, shape, strides }
+            Self { tensor: copied(x), shape, strides: [shape[1] * row, row] }
+        })
+    }
+
+    /// Where they lie, if the copy engine can reach them there.
+    fn at(x: CubeTensor<CudaRuntime>) -> Option<Self> {
+        let shape: [usize; 4] = std::array::from_fn(|i| x.meta.shape()[i]);
+        let strides = row_strides(shape, std::array::from_fn(|i| x.meta.strides()[i]));
+        let strides = strides.filter(|_| is_aligned(&x))?;
+        Some(Self { tensor: x, shape, strides })
     }
 
     fn map(&self) -> TensorMap<'_> {
@@ -221,16 +243,18 @@ impl Call {
         (y.tensor, log_sums)
     }
 
-    /// The gradients of `q`, `k` and `v`.
+    /// The gradients of `q`, `k` and `v`, that of `v` in its place if it has one.
     fn backward(
         &self,
         [q, k, v]: [Heads; 3],
         y: &CubeTensor<CudaRuntime>,
         grad: &CubeTensor<CudaRuntime>,
         log_sums: &CubeTensor<CudaRuntime>,
+        place: Option<Heads>,
     ) -> [CubeTensor<CudaRuntime>; 3] {
         // The kernel writes each wherever its rows lie.
-        let [grad_q, grad_k, grad_v] = [&q, &k, &v].map(|x| q.like(x.shape));
+        let [grad_q, grad_k] = [&q, &k].map(|x| q.like(x.shape));
+        let grad_v = place.unwrap_or_else(|| q.like(v.shape));
         let block = self.query_block();
         let blocks = self.queries.div_ceil(block);
         let rows = 2 + usize::from(self.starts.is_some());

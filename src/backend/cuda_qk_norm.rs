@@ -33,19 +33,38 @@ impl QkNormOps for Cuda {
         grads: [Tensor<Self, 4>; 2],
         how: &QkNorm<Self>,
     ) -> [Tensor<Self, 2>; 2] {
-        let Some(call) = Call::new(&q, &k, how) else { return qk_norm::backward(q, k, grads, how) };
-        let dtype = q.dtype();
-        let grads = grads.map(|grad| if grad.dtype() == dtype { grad } else { grad.cast(dtype) });
-        let width = call.spread.width;
-        let inputs = [q, k].map(|x| Rows::new(x, width));
-        let (grads, partials) = call.backward(inputs, grads.map(|grad| Rows::of_heads(grad, width)));
-        if let (Some(gain), Some(partials)) = (&how.gain, partials)
-            && gain.is_trainable()
-        {
-            gain.accumulate::<1>(tensor(call.gain_grad(&partials)));
+        let [of_q, of_k] = &grads;
+        match backward_into(&q, &k, [of_q, of_k], how, None) {
+            Some(grads) => grads.map(tensor),
+            None => qk_norm::backward(q, k, grads, how),
         }
-        grads.map(tensor)
     }
+}
+
+/// [`QkNormOps::qk_norm_backward`] by the kernel, if it takes these; the gradients into the places given, whose rows may
+/// lie apart.
+pub(super) fn backward_into(
+    q: &Tensor<Cuda, 2>,
+    k: &Tensor<Cuda, 2>,
+    grads: [&Tensor<Cuda, 4>; 2],
+    how: &QkNorm<Cuda>,
+    places: Option<[CubeTensor<CudaRuntime>; 2]>,
+) -> Option<[CubeTensor<CudaRuntime>; 2]> {
+    let call = Call::new(q, k, how)?;
+    let (dtype, width) = (q.dtype(), call.spread.width);
+    let places = match places {
+        Some([q, k]) => Some([Rows::at(q, width)?, Rows::at(k, width)?]),
+        None => None,
+    };
+    let grads = grads.map(|grad| if grad.dtype() == dtype { grad.clone() } else { grad.clone().cast(dtype) });
+    let inputs = [q, k].map(|x| Rows::new(x.clone(), width));
+    let (grads, partials) = call.backward(inputs, grads.map(|grad| Rows::of_heads(grad, width)), places);
+    if let (Some(gain), Some(partials)) = (&how.gain, partials)
+        && gain.is_trainable()
+    {
+        gain.accumulate::<1>(tensor(call.gain_grad(&partials)));
+    }
+    Some(grads)
 }
 
 /// A row for each token, so many elements apart.
@@ -57,11 +76,17 @@ struct Rows {
 impl Rows {
     /// `[n, c]`, where it lies or as a dense copy, so that every row begins at a multiple of so many elements.
     fn new(x: Tensor<Cuda, 2>, elements: usize) -> Self {
-        let [rows, columns] = x.dims();
+        let columns = x.dims()[1];
         let x = primitive(x);
+        Self::at(x.clone(), elements).unwrap_or_else(|| Self { tensor: copied(x), stride: columns })
+    }
+
+    /// `[n, c]` where it lies, if every row begins at a multiple of so many elements.
+    fn at(x: CubeTensor<CudaRuntime>, elements: usize) -> Option<Self> {
+        let [rows, columns] = [x.meta.shape()[0], x.meta.shape()[1]];
         let stride = if rows == 1 { columns } else { x.meta.strides()[0] };
         let are_rows = columns == 1 || x.meta.strides()[1] == 1;
-        Self::beginning_at(elements, x, are_rows.then_some(stride), columns)
+        Self::beginning_at(elements, x, are_rows.then_some(stride))
     }
 
     /// `[b, t, h, d]` as rows `[b t, h d]`, likewise.
@@ -69,21 +94,15 @@ impl Rows {
         let shape = x.dims();
         let x = primitive(x);
         let strides: [usize; 4] = std::array::from_fn(|i| x.meta.strides()[i]);
-        Self::beginning_at(elements, x, token_stride(shape, strides), shape[2] * shape[3])
+        let rows = Self::beginning_at(elements, x.clone(), token_stride(shape, strides));
+        rows.unwrap_or_else(|| Self { tensor: copied(x), stride: shape[2] * shape[3] })
     }
 
-    fn beginning_at(
-        elements: usize,
-        tensor: CubeTensor<CudaRuntime>,
-        stride: Option<usize>,
-        columns: usize,
-    ) -> Self {
+    fn beginning_at(elements: usize, tensor: CubeTensor<CudaRuntime>, stride: Option<usize>) -> Option<Self> {
         let bytes = (elements * tensor.elem_size()) as u64;
         let starts = tensor.handle.offset_start.unwrap_or(0).is_multiple_of(bytes);
-        match stride.filter(|stride| starts && stride.is_multiple_of(elements)) {
-            Some(stride) => Self { tensor, stride },
-            None => Self { tensor: copied(tensor), stride: columns },
-        }
+        let stride = stride.filter(|stride| starts && stride.is_multiple_of(elements))?;
+        Some(Self { tensor, stride })
     }
 }
 
@@ -253,16 +272,19 @@ impl Call {
         [q_out.tensor, k_out.tensor]
     }
 
-    /// The gradients of `q` and `k`, and the blocks' parts `[blocks, heads]` of the gain's where there is one.
+    /// The gradients of `q` and `k`, in their places if they have some, and the blocks' parts `[blocks, heads]` of the gain's where there is one.
     fn backward(
         &self,
         [q, k]: [Rows; 2],
         [q_grad, k_grad]: [Rows; 2],
+        places: Option<[Rows; 2]>,
     ) -> ([CubeTensor<CudaRuntime>; 2], Option<CubeTensor<CudaRuntime>>) {
         // The kernel writes each wherever its rows lie.
-        let [q_out, k_out] = [self.heads, self.groups].map(|heads| Rows {
-            tensor: empty(&q.tensor, [self.tokens, heads * self.size], self.dtype),
-            stride: heads * self.size,
+        let [q_out, k_out] = places.unwrap_or_else(|| {
+            [self.heads, self.groups].map(|heads| Rows {
+                tensor: empty(&q.tensor, [self.tokens, heads * self.size], self.dtype),
+                stride: heads * self.size,
+            })
         });
         let properties = &q.tensor.client.properties().hardware;
         let resident = RESIDENT * properties.num_streaming_multiprocessors.unwrap_or(132) as usize;

@@ -11,8 +11,8 @@
 //! The launch constants become `#define`s in front of the source. Each set of their values is a kernel of its own,
 //! compiled once, so they are for what takes few values; what varies from call to call is a scalar.
 
-use super::profile;
 use super::source::Source;
+use super::{profile, views};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::{CudaCompiler, CudaRuntime};
 use cubecl::ir::StorageType;
@@ -222,6 +222,20 @@ pub fn launch(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
     launch_strided(kernel, grid, arguments);
 }
 
+/// Bytes of the tensors, one that is there twice counted once.
+fn distinct_bytes<'a>(tensors: impl Iterator<Item = &'a CubeTensor<CudaRuntime>>) -> f64 {
+    let mut seen = Vec::new();
+    let mut bytes = 0;
+    for tensor in tensors {
+        let place = (views::memory(&tensor.handle), tensor.handle.offset_start);
+        if !seen.contains(&place) {
+            seen.push(place);
+            bytes += tensor.meta.num_elements() * tensor.elem_size();
+        }
+    }
+    bytes as f64
+}
+
 /// [`launch`] with buffers of any layout, for kernels that are told the strides.
 pub fn launch_strided(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) {
     let Arguments { maps, buffers, scalars, operations } = arguments;
@@ -232,7 +246,7 @@ pub fn launch_strided(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) 
     profile::note(
         kernel.entry,
         || tensors().map(shape).collect::<Vec<_>>().join(" "),
-        || tensors().map(|t| (t.meta.num_elements() * t.elem_size()) as f64).sum(),
+        || distinct_bytes(tensors()),
         operations,
     );
     // With nothing "dynamic" after them, all words arrive as one struct by value.

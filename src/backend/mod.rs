@@ -18,6 +18,7 @@ mod cuda_embedding;
 mod cuda_linear;
 mod cuda_matmul;
 mod cuda_newton_schulz;
+mod cuda_normed_attention;
 mod cuda_qk_norm;
 mod cuda_reduce;
 mod cuda_stream;

@@ -112,7 +112,7 @@ fn under(parts: &[Place], size: usize) -> Option<Place> {
 ///
 /// cubecl tells it in its debug text only (`... { value: 17 } ...`); were that to change, nothing would be found to
 /// share memory.
-fn memory(handle: &Handle) -> Option<u64> {
+pub(super) fn memory(handle: &Handle) -> Option<u64> {
     let mut text = Number::default();
     // Stops with an error once the number is over.
     let _ = write!(text, "{:?}", handle.memory);

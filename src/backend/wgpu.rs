@@ -41,6 +41,7 @@ impl EmbeddingOps for Wgpu {}
 impl LinearOps for Wgpu {}
 impl NewtonSchulzOps for Wgpu {}
 impl MlpOps for Wgpu {}
+impl NormedAttentionOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
 impl ReduceOps for Wgpu {}

@@ -1,6 +1,5 @@
 //! The kernels of one training step: how often each is launched, how long it takes, and the least that it could take.
 
-use super::copy_rate;
 use super::step::Bench;
 use crate::backend::profile::{self, Launch};
 use crate::error::Result;
@@ -38,19 +37,20 @@ pub fn run<P: Plain>(
     for _ in 0..2 {
         bench.step()?;
     }
-    let rate = copy_rate::<P>(device, 1 << 24)?;
-    let empty = launch_ms::<P>(device)?;
+    let empty = launch_ms::<P>(device, 32)?;
+    let elements = 1 << 24;
+    let rate = 8.0 * elements as f64 / (launch_ms::<P>(device, elements)? - empty) * 1000.0;
     bench.step()?;
     eval::wait::<P>(device)?;
     Ok(kernels(profile::take()?, empty, rate))
 }
 
-/// The time of a launch that does next to nothing; what was profiled before is dropped.
-fn launch_ms<P: Plain>(device: &P::Device) -> Result<f64> {
-    let x = Tensor::<P, 1>::zeros([32], device);
+/// The time of a launch that reads and writes so many f32; what was profiled before is dropped.
+fn launch_ms<P: Plain>(device: &P::Device, elements: usize) -> Result<f64> {
+    let x = Tensor::<P, 1>::zeros([elements], device);
     eval::wait::<P>(device)?;
     profile::take()?;
-    for _ in 0..200 {
+    for _ in 0..50 {
         drop(x.clone().add_scalar(1.0));
     }
     eval::wait::<P>(device)?;

@@ -4,6 +4,7 @@
 use super::init::Init;
 use super::params::Params;
 use super::spec::{Linears, Spec};
+use crate::ops::attention::Mask;
 use crate::ops::qk_norm::QkNorm;
 use crate::ops::rope::RopeTable;
 use crate::ops::{Backend, Param, Plain};
@@ -154,7 +155,6 @@ impl<P: Plain> Attention<P> {
             gain: Some(self.q_gain.clone()),
             eps: rms_eps,
         };
-        let [q, mut k] = B::qk_norm(q, k, &how);
         if let Some(embedding) = inputs.value_embedding {
             v = v + embedding;
         }
@@ -167,10 +167,15 @@ impl<P: Plain> Attention<P> {
             v = B::silu(v);
         }
         let own = v.clone();
-        if let Some(cache) = cache {
-            [k, v] = cache.extend(k, v);
-        }
-        let mut y = B::causal_attention(q, k, v, 1.0 / (head_dim as f64).sqrt());
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let mut y = match cache {
+            None => B::normed_attention(q, k, v, &how, &Mask::causal(), scale),
+            Some(cache) => {
+                let [q, k] = B::qk_norm(q, k, &how);
+                let [k, v] = cache.extend(k, v);
+                B::causal_attention(q, k, v, scale)
+            }
+        };
         if self.plan.exclude_self {
             y = B::exclude_self(y, own);
         }

@@ -19,6 +19,7 @@ pub mod linear;
 pub mod matmul;
 pub mod mlp;
 pub mod newton_schulz;
+pub mod normed_attention;
 pub mod one_pole;
 pub mod param;
 pub mod qk_norm;
@@ -45,6 +46,7 @@ pub use linear::LinearOps;
 pub use matmul::MatmulOps;
 pub use mlp::MlpOps;
 pub use newton_schulz::NewtonSchulzOps;
+pub use normed_attention::NormedAttentionOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
 pub use qk_norm::QkNormOps;
@@ -88,6 +90,7 @@ pub trait Backend:
     + MatmulOps
     + NewtonSchulzOps
     + MlpOps
+    + NormedAttentionOps
     + OnePoleOps
     + ParamOps
     + ReduceOps
@@ -115,6 +118,7 @@ impl<B> Backend for B where
         + MatmulOps
         + NewtonSchulzOps
         + MlpOps
+        + NormedAttentionOps
         + OnePoleOps
         + ParamOps
         + ReduceOps
