@@ -13,7 +13,9 @@ use common::{Random, epsilon, round, targets, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target, guard, run};
-use fairway::ops::{ActivationOps, Autodiff, LinearOps, MlpOps, Param, Plain};
+use fairway::ops::update::Updated;
+use fairway::ops::weight_form::WeightForm;
+use fairway::ops::{ActivationOps, Autodiff, LinearOps, MlpOps, Param, Plain, accumulate_type};
 
 /// A matrix on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -530,6 +532,43 @@ impl Job for ThroughTheTape {
         }
         Ok(())
     }
+}
+
+/// Several projections follow every change of one of their weights, whichever way it comes.
+struct AfterAChange;
+
+impl Job for AfterAChange {
+    type Output = bool;
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
+        let dtype = target.precision.dtype();
+        let random = |rows, seed| Matrix::random(rows, 64, 1.0, target.precision, seed);
+        let x = random(96, 1).upload::<B>(device, dtype);
+        let value = |seed| random(32, seed).upload::<B>(device, accumulate_type(dtype));
+        let weights = [2, 3, 4].map(|seed| Param::<B>::new(format!("w{seed}"), value(seed), dtype));
+        let agree = || {
+            let [a, b, c] = weights.each_ref();
+            let together = B::project_many(x.clone(), [a, b, c]).map(download::<B, 2>);
+            let alone = [a, b, c].map(|w| download::<B, 2>(B::project(x.clone(), w)));
+            assert_eq!(together, alone, "on {} in {}", target.label, target.precision);
+            alone
+        };
+        let mut seen = vec![agree()];
+        weights[0].set(value(5));
+        seen.push(agree());
+        let value = value(6);
+        let copy = weights[1].copy_type().map(|dtype| value.clone().cast(dtype));
+        weights[1].set_updated(Updated { value, copy });
+        seen.push(agree());
+        weights[2].set_form(WeightForm::fake_int_symmetric(6));
+        seen.push(agree());
+        Ok(seen.windows(2).all(|pair| pair[0] != pair[1]))
+    }
+}
+
+#[test]
+fn several_projections_follow_their_weights() {
+    all_pass(|| AfterAChange);
 }
 
 #[test]

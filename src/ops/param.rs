@@ -14,25 +14,24 @@ type Primitive<B> = <B as burn::tensor::backend::BackendTypes>::FloatTensorPrimi
 
 struct State<B: Plain> {
     value: Primitive<B>,
-    compute: Primitive<B>,
-    /// Of the computing copy: no other has had this number.
-    version: u64,
+    compute: Computing<B>,
     form: WeightForm,
     /// Of the computing copy.
     grad: Option<Primitive<B>>,
 }
 
-impl<B: Plain> State<B> {
-    /// Takes another computing copy: the only place where it changes.
-    fn renew(&mut self, compute: Primitive<B>) {
-        self.compute = compute;
-        self.version = next_version();
-    }
+/// A computing copy.
+struct Computing<B: Plain> {
+    tensor: Primitive<B>,
+    /// No other has had this number.
+    version: u64,
 }
 
-fn next_version() -> u64 {
-    static VERSIONS: AtomicU64 = AtomicU64::new(0);
-    VERSIONS.fetch_add(1, Ordering::Relaxed)
+impl<B: Plain> Computing<B> {
+    fn new(tensor: Primitive<B>) -> Self {
+        static VERSIONS: AtomicU64 = AtomicU64::new(0);
+        Self { tensor, version: VERSIONS.fetch_add(1, Ordering::Relaxed) }
+    }
 }
 
 /// What was made of the computing copies of these versions.
@@ -98,8 +97,7 @@ impl<B: Plain> Param<B> {
             trainable: AtomicBool::new(true),
             state: Mutex::new(State {
                 value: primitive(flat.clone()),
-                compute: primitive(flat.clone()),
-                version: next_version(),
+                compute: Computing::new(primitive(flat.clone())),
                 form: WeightForm::Full,
                 grad: None,
             }),
@@ -146,14 +144,14 @@ impl<B: Plain> Param<B> {
 
     /// The copy that ops compute with. `D` must be the parameter's rank (1 for a scalar).
     pub fn compute<const D: usize>(&self) -> Tensor<B, D> {
-        tensor(self.state().compute.clone())
+        tensor(self.state().compute.tensor.clone())
     }
 
     /// The computing copy as rows of the last size: `[n]` becomes `[1, n]`, `[1, m, n]` becomes `[m, n]`.
     pub fn compute_rows(&self) -> Tensor<B, 2> {
         let columns = self.0.shape.last().copied().unwrap_or(1);
         let rows = self.numel() / columns;
-        tensor(B::float_reshape(self.state().compute.clone(), [rows, columns].into()))
+        tensor(B::float_reshape(self.state().compute.tensor.clone(), [rows, columns].into()))
     }
 
     /// What `make` makes of the computing copies of several parameters, kept until one of them has a new copy.
@@ -163,7 +161,7 @@ impl<B: Plain> Param<B> {
     ) -> Primitive<B> {
         let read = params.map(|param| {
             let state = param.state();
-            (state.version, state.compute.clone())
+            (state.compute.version, state.compute.tensor.clone())
         });
         let versions = read.each_ref().map(|(version, _)| *version);
         let mut joint = params[0].0.joint.lock().unwrap_or_else(PoisonError::into_inner);
@@ -216,7 +214,7 @@ impl<B: Plain> Param<B> {
         let compute = self.copy_of(value.clone(), form);
         let mut state = self.state();
         state.value = value;
-        state.renew(compute);
+        state.compute = Computing::new(compute);
     }
 
     /// The type of the computing copy where that is a cast of the master value: not where it is the value itself, or a
@@ -241,7 +239,7 @@ impl<B: Plain> Param<B> {
         );
         let mut state = self.state();
         state.value = B::float_reshape(primitive(value), held.clone().into());
-        state.compute = B::float_reshape(primitive(copy), held.into());
+        state.compute = Computing::new(B::float_reshape(primitive(copy), held.into()));
     }
 
     /// The computing copy of a master value.
@@ -270,7 +268,7 @@ impl<B: Plain> Param<B> {
             let compute = self.copy_of(self.state().value.clone(), form);
             let mut state = self.state();
             state.form = form;
-            state.renew(compute);
+            state.compute = Computing::new(compute);
         }
     }
 
@@ -384,7 +382,7 @@ impl<B: Plain> Param<B> {
 pub trait ParamOps: Base {
     /// The computing copy in the given sizes.
     fn weight<const D: usize>(param: &Param<Self::Plain>, dims: [usize; D]) -> Tensor<Self, D> {
-        Self::lift(flatten::<Self::Plain>(param.state().compute.clone()).reshape(dims))
+        Self::lift(flatten::<Self::Plain>(param.state().compute.tensor.clone()).reshape(dims))
     }
 
     /// The master value (f32, or f64 where the model computes in f64) in the given sizes. Of a full form only.
