@@ -59,9 +59,9 @@ impl<P: Plain> Bench<P> {
 pub struct Report {
     /// The timings.
     pub rows: Vec<Row>,
-    /// Bytes held from the device after the first step and after all of them, where it can be told: equal, unless
-    /// later steps asked for more.
-    pub held: Option<[u64; 2]>,
+    /// Bytes held from the device after the first step, the second (the first with optimizer state to replace) and all
+    /// of them, where it can be told: equal, unless later ones asked for more.
+    pub held: Option<[u64; 3]>,
 }
 
 /// Times one optimizer step, and its forward and backward alone, in micro-batches of at most `micro_batch` tokens; and
@@ -74,9 +74,12 @@ pub fn run<P: Plain>(
     held: &dyn Fn() -> Option<u64>,
 ) -> Result<Report> {
     let mut bench = Bench::<P>::new(recipe, micro_batch, device, dtype)?;
-    bench.step()?;
-    eval::wait::<P>(device)?;
-    let first = held();
+    let mut after_a_step = || {
+        bench.step()?;
+        eval::wait::<P>(device)?;
+        Ok(held())
+    };
+    let (first, second) = (after_a_step()?, after_a_step()?);
     // 6 operations a weight and token; attention 6 x layers x time x width a token (causal, forward and backward).
     let per_token = 6.0 * bench.trainer.model.params().numel() as f64
         + (6 * recipe.num_layers * recipe.train_seq_len * recipe.model_dim) as f64;
@@ -103,5 +106,8 @@ pub fn run<P: Plain>(
         let what = format!("step of {}, {} tokens (host)", recipe.name, short.train_batch_tokens);
         rows.push(row(what, ms, short.train_batch_tokens));
     }
-    Ok(Report { rows, held: first.zip(last).map(|(first, last)| [first, last]) })
+    Ok(Report {
+        rows,
+        held: first.zip(second).zip(last).map(|((first, second), last)| [first, second, last]),
+    })
 }

@@ -79,8 +79,8 @@ pub fn run(args: Args) -> Result<()> {
         Report::Step(report) => {
             print_rows(&report.rows);
             if let Some(held) = report.held {
-                let [first, last] = held.map(|bytes| bytes as f64 / (1 << 20) as f64);
-                output::line(format!("held after the first step {first:.0} MiB, after all {last:.0} MiB"));
+                let [first, second, last] = held.map(|bytes| bytes >> 20);
+                output::line(format!("held after one step {first} MiB, two {second}, all {last}"));
             }
         }
         Report::Kernels(kernels) => print_kernels(&kernels),
