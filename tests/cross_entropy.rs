@@ -271,7 +271,8 @@ impl Job for AgainstTheHost {
         for (number, (shape, cap)) in shapes.enumerate() {
             let case = Case::new(shape, cap, precision, number as u64);
             let exact = case.exact(precision);
-            let coarse = if is_wgpu { 2f64.powi(-20) } else { 0.0 };
+            // WGSL's exp may be off by 3 + 2|x| units in the last place: 32 of them at |x| = 14.
+            let coarse = if is_wgpu { 2f64.powi(-18) } else { 0.0 };
             let tolerances = tolerances(&case, &exact, precision).map(|tolerance| tolerance.max(coarse));
             let inputs = case.on::<B>(device, precision);
             poison::<B>(&case, device);

@@ -22,9 +22,23 @@ impl<B: Plain> ReduceOps for Autodiff<B> {
     }
 }
 
+/// Rows that one of Burn's sums over a first dimension takes: on wgpu such a sum leaves rows out where there are more
+/// than 65,535 of them.
+const ROWS: usize = 1 << 14;
+
+/// The sum over the rows of `x[n, c]` as `[1, c]`.
+pub fn sum_rows<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+    let [rows, _] = x.dims();
+    if rows <= ROWS {
+        return x.sum_dim(0);
+    }
+    let part = |start| x.clone().narrow(0, start, ROWS.min(rows - start)).sum_dim(0);
+    sum_rows(Tensor::cat((0..rows).step_by(ROWS).map(part).collect(), 0))
+}
+
 /// The sum of all elements of `x[n, c]` as `[1]`: rows first, then the rows' sums.
 pub fn sum_all<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 1> {
-    x.sum_dim(1).sum_dim(0).reshape([1])
+    sum_rows(x.sum_dim(1)).reshape([1])
 }
 
 /// The sum of `x[n]` as `[1]`, through rows of some hundreds of elements.

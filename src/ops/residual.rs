@@ -70,7 +70,7 @@ pub trait ResidualOps: Base {
         if gain.is_trainable() {
             let dtype = accumulate_type(x.dtype());
             let product = (x * grad.clone()).cast(dtype).reshape([batch * time, heads, size]);
-            let sum = product.sum_dim(2).reshape([batch * time, heads]).sum_dim(0);
+            let sum = super::reduce::sum_rows(product.sum_dim(2).reshape([batch * time, heads]));
             gain.accumulate::<1>(Self::lower(sum.reshape([heads])));
         }
         grad * Self::lift(gain.compute::<1>().reshape([1, 1, heads, 1]))
@@ -114,5 +114,5 @@ impl<B: Plain> ResidualOps for Autodiff<B> {
 /// The sum over rows `[n, c]` to `[1, c]`, accumulated in f32 (f64 for f64).
 fn sum_of_rows<B: burn::tensor::backend::Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
     let dtype = accumulate_type(x.dtype());
-    x.cast(dtype).sum_dim(0)
+    super::reduce::sum_rows(x.cast(dtype))
 }

@@ -75,5 +75,5 @@ pub(super) fn unpack<B: Backend, const D: usize, const S: usize>(
 pub(super) fn sum_to_last<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
     let columns = x.dims()[D - 1];
     let rows = x.shape().num_elements() / columns;
-    x.reshape([rows, columns]).sum_dim(0).reshape([columns])
+    super::reduce::sum_rows(x.reshape([rows, columns])).reshape([columns])
 }
