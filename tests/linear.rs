@@ -337,9 +337,9 @@ impl<const N: usize> Job for Many<N> {
                 let parts: Vec<Matrix> =
                     (0..N).filter(|j| there(*j)).map(|j| grads[j].times(&weights[j])).collect();
                 let total = |f: &dyn Fn(&Matrix) -> Matrix| {
-                    parts[1..].iter().fold(f(&parts[0]), |sum, part| sum.plus(&f(part)))
+                    parts[1..].iter().fold(f(&parts[0]), |sum, part| f(&sum.plus(&f(part))))
                 };
-                // The reference rounds each part and each sum of parts: at least each part.
+                // The reference rounds each part and each sum of parts.
                 ledger.check("gx", &grad_x, &total(&Matrix::clone), &total(&rounded), sum);
                 let once: Vec<Option<Vec<f64>>> =
                     params.iter().map(|w| Some(download(w.grad::<2>()?))).collect();

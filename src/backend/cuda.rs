@@ -69,6 +69,9 @@ impl RmsNormOps for Cuda {
     fn rms_norm(x: Tensor<Self, 2>, eps: f64) -> Tensor<Self, 2> {
         let [rows, columns] = x.dims();
         let dtype = x.dtype();
+        if rows == 0 {
+            return x;
+        }
         let Some(element) = rms_norm_element(dtype, rows, columns) else { return rms_norm::forward(x, eps) };
         let x = dense(x);
         let y = empty(&x, [rows, columns], dtype);
@@ -79,6 +82,9 @@ impl RmsNormOps for Cuda {
     fn rms_norm_backward(x: Tensor<Self, 2>, grad: Tensor<Self, 2>, eps: f64) -> Tensor<Self, 2> {
         let [rows, columns] = x.dims();
         let dtype = x.dtype();
+        if rows == 0 {
+            return grad;
+        }
         let Some(element) = rms_norm_element(dtype, rows, columns) else {
             return rms_norm::backward(x, grad, eps);
         };

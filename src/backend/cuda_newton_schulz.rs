@@ -25,7 +25,10 @@ impl NewtonSchulzOps for Cuda {
     /// The reference's order, but for tall matrices: they stay as they are, `X^T = a X^T + X^T P^T`.
     fn newton_schulz(g: Tensor<Self, 3>, iteration: NewtonSchulz) -> Tensor<Self, 3> {
         let [n, rows, columns] = g.dims();
-        let Some(form) = Form::of(g.dtype(), iteration, rows * columns).filter(|_| n > 0) else {
+        if n == 0 {
+            return g;
+        }
+        let Some(form) = Form::of(g.dtype(), iteration, rows * columns) else {
             return newton_schulz::reference(g, iteration);
         };
         let dtype = g.dtype();

@@ -29,6 +29,10 @@ type Primitive = CubeTensor<CudaRuntime>;
 
 impl StreamOps for Cuda {
     fn stream(inputs: Inputs<Self>, norm: Option<Norm>, added: bool) -> Outputs<Self> {
+        if inputs.x.dims()[0] == 0 {
+            let x = inputs.x;
+            return Outputs { normed: norm.map(|_| x.clone()), added: added.then(|| x.clone()), x };
+        }
         let mix = inputs.mix.as_ref().map(|mix| (mix.start.value(), mix.weight.clone()));
         let changes = mix.is_some() || !inputs.branches.is_empty();
         let works = changes || norm.is_some();

@@ -158,10 +158,9 @@ impl<P: Plain> Attention<P> {
         if let Some(embedding) = inputs.value_embedding {
             v = v + embedding;
         }
-        let first = split(v, groups);
-        let mut v = first.clone();
+        let first = split(v.clone(), groups);
         if let (Some(alpha), Some(values)) = (&self.residual, inputs.first_values) {
-            v = v + values * B::logistic(B::weight(alpha, [1, 1, 1, 1]));
+            v = v + values.reshape(k.dims()) * B::logistic(B::weight(alpha, [1, 1]));
         }
         if self.plan.silu_values {
             v = B::silu(v);
@@ -172,12 +171,12 @@ impl<P: Plain> Attention<P> {
             None => B::normed_attention(q, k, v, &how, &Mask::causal(), scale),
             Some(cache) => {
                 let [q, k] = B::qk_norm(q, k, &how);
-                let [k, v] = cache.extend(k, v);
+                let [k, v] = cache.extend(k, split(v, groups));
                 B::causal_attention(q, k, v, scale)
             }
         };
         if self.plan.exclude_self {
-            y = B::exclude_self(y, own);
+            y = B::exclude_self(y, split(own, groups));
         }
         if let Some([weight, bias]) = &self.gate {
             let gate = B::project(x, weight) + B::weight(bias, [1, heads]);

@@ -4,6 +4,9 @@ use super::tape::rooted;
 use super::{Autodiff, Base, MatmulOps, Param, Plain, accumulate_type};
 use burn::tensor::{DType, Int, Tensor};
 
+/// One-hot rows of one product of the reference backward: see `ROWS` of [`super::reduce`].
+const ONE_HOT_ROWS: usize = 1 << 15;
+
 /// Embedding, forward and backward.
 pub trait EmbeddingOps: Base + MatmulOps {
     /// One-hot elements that the reference backward holds at once: 64 MB of f32, since some adapters bind no more than
@@ -44,7 +47,7 @@ pub fn backward<B: EmbeddingOps>(ids: Tensor<B, 1, Int>, w: &Param<B::Plain>, gr
     }
     let (vocab, rows) = (w.shape()[0], ids.dims()[0]);
     let columns = grad.dims()[1];
-    let chunk = (B::ONE_HOT_ELEMENTS / vocab).clamp(1, rows);
+    let chunk = (B::ONE_HOT_ELEMENTS / vocab).min(ONE_HOT_ROWS).clamp(1, rows);
     for start in (0..rows).step_by(chunk) {
         let len = chunk.min(rows - start);
         let hot = one_hot(ids.clone().narrow(0, start, len), vocab, grad.dtype());

@@ -8,21 +8,19 @@ use super::tape::{primitive, record, tensor};
 use super::{AttentionOps, Autodiff, Plain, QkNormOps};
 use burn::tensor::Tensor;
 
-/// The gradients of `q[b t, h d]`, `k[b t, g d]` and `v[b, t, g, d]`.
-pub type Grads<B> = (Tensor<B, 2>, Tensor<B, 2>, Tensor<B, 4>);
-
 /// Norm, rotation, gain and attention, forward and backward.
 pub trait NormedAttentionOps: AttentionOps + QkNormOps {
-    /// `q[b t, h d]`, `k[b t, g d]`, `v[b, t, g, d]` to `y[b, t, h, d]`.
+    /// `q[b t, h d]`, `k[b t, g d]`, `v[b t, g d]` to `y[b, t, h, d]`.
     fn normed_attention(
         q: Tensor<Self, 2>,
         k: Tensor<Self, 2>,
-        v: Tensor<Self, 4>,
+        v: Tensor<Self, 2>,
         how: &QkNorm<Self::Plain>,
         mask: &Mask<Self>,
         scale: f64,
     ) -> Tensor<Self, 4> {
         let [q, k] = Self::qk_norm(q, k, how);
+        let v = v.reshape(k.dims());
         Self::attention_forward(q, k, v, mask, scale).0
     }
 
@@ -35,10 +33,8 @@ pub trait NormedAttentionOps: AttentionOps + QkNormOps {
         how: &QkNorm<Self::Plain>,
         mask: &Mask<Self>,
         scale: f64,
-    ) -> Grads<Self> {
-        let [of_q, of_k, of_v] = Self::attention_backward(attended, grad, mask, scale);
-        let [of_q, of_k] = Self::qk_norm_backward(q, k, [of_q, of_k], how);
-        (of_q, of_k, of_v)
+    ) -> [Tensor<Self, 2>; 3] {
+        apart::<Self>([q, k], attended, grad, how, mask, scale)
     }
 }
 
@@ -46,24 +42,39 @@ impl<B: Plain> NormedAttentionOps for Autodiff<B> {
     fn normed_attention(
         q: Tensor<Self, 2>,
         k: Tensor<Self, 2>,
-        v: Tensor<Self, 4>,
+        v: Tensor<Self, 2>,
         how: &QkNorm<B>,
         mask: &Mask<Self>,
         scale: f64,
     ) -> Tensor<Self, 4> {
         let parents = [primitive(q), primitive(k), primitive(v)];
-        let before: [Tensor<B, 2>; 2] = [0, 1].map(|i| tensor(parents[i].primitive.clone()));
-        let v: Tensor<B, 4> = tensor(parents[2].primitive.clone());
+        let [q, k, v]: [Tensor<B, 2>; 3] = parents.each_ref().map(|p| tensor(p.primitive.clone()));
+        let before = [q, k];
         let mask = Mask { window: mask.window, documents: mask.documents.clone().map(Tensor::inner) };
         let [of_q, of_k] = before.clone();
         let [q, k] = B::qk_norm(of_q, of_k, how);
+        let v = v.reshape(k.dims());
         let (y, log_sums) = B::attention_forward(q.clone(), k.clone(), v.clone(), &mask, scale);
         let attended = Attended { q, k, v, y: y.clone(), log_sums };
         let how = how.clone();
         record(parents, y, move |grad| {
             let (attended, before) = (attended.clone(), before.clone());
-            let (q, k, v) = B::normed_attention_backward(before, attended, grad, &how, &mask, scale);
-            [primitive(q), primitive(k), primitive(v)]
+            B::normed_attention_backward(before, attended, grad, &how, &mask, scale).map(primitive)
         })
     }
+}
+
+/// The reference backward: attention's, then the norm's.
+pub fn apart<B: AttentionOps + QkNormOps>(
+    [q, k]: [Tensor<B, 2>; 2],
+    attended: Attended<B>,
+    grad: Tensor<B, 4>,
+    how: &QkNorm<B::Plain>,
+    mask: &Mask<B>,
+    scale: f64,
+) -> [Tensor<B, 2>; 3] {
+    let shape = k.dims();
+    let [of_q, of_k, of_v] = B::attention_backward(attended, grad, mask, scale);
+    let [of_q, of_k] = B::qk_norm_backward(q, k, [of_q, of_k], how);
+    [of_q, of_k, of_v.reshape(shape)]
 }

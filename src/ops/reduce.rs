@@ -22,8 +22,8 @@ impl<B: Plain> ReduceOps for Autodiff<B> {
     }
 }
 
-/// Rows that one of Burn's sums over a first dimension takes: on wgpu such a sum leaves rows out where there are more
-/// than 65,535 of them.
+/// Rows that one sum over a first dimension takes: it walks along them, and a software Vulkan driver (llvmpipe) ends a
+/// shader's loop after 65,535 rounds, without a word.
 const ROWS: usize = 1 << 14;
 
 /// The sum over the rows of `x[n, c]` as `[1, c]`.

@@ -50,7 +50,8 @@ pub fn round(value: f64, precision: Precision) -> f64 {
     match precision {
         Precision::F64 => value,
         Precision::F32 => f64::from(value as f32),
-        Precision::Bf16 => bf16::from_f64(value).to_f64(),
+        // Not `from_f64`, which takes no notice of the last bits of a number near a tie.
+        Precision::Bf16 => bf16::from_f32(value as f32).to_f64(),
     }
 }
 
