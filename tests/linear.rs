@@ -48,6 +48,12 @@ impl Matrix {
         Self { rows: self.rows, columns: other.columns, at }
     }
 
+    /// So many rows: these again and again.
+    fn repeated(&self, rows: usize) -> Self {
+        let at = self.at.iter().copied().cycle().take(rows * self.columns).collect();
+        Self { rows, columns: self.columns, at }
+    }
+
     fn map(&self, f: impl Fn(f64) -> f64) -> Self {
         Self { at: self.at.iter().map(|x| f(*x)).collect(), ..*self }
     }
@@ -491,6 +497,130 @@ impl Job for Squared {
 #[test]
 fn the_squared_mlp_agrees_with_the_host() {
     all_pass(|| Squared);
+}
+
+/// Rows of which the others are copies, so that the host multiplies few of many: shares no factor with the distances
+/// between a block's tiles.
+const PERIOD: usize = 17;
+
+/// Products of bf16 of so many rows that `cuda/matmul_pingpong.cu` takes them (`src/backend/cuda_pingpong.rs`), in all of
+/// its forms, with tails.
+struct ManyRows;
+
+impl ManyRows {
+    /// A projection and the gradient of its input.
+    fn project<B: Plain>([n, i, o]: [usize; 3], device: &B::Device, target: &Target) -> bool {
+        let (precision, label) = (target.precision, &target.label);
+        let matrix =
+            |rows, columns, seed| Matrix::random(rows, columns, 1.0, precision, seed + (i + o) as u64);
+        let rounded = |m: &Matrix| m.map(|v| round(v, precision));
+        let (x, w, grad_y) = (matrix(PERIOD, i, 0), matrix(o, i, 1), matrix(PERIOD, o, 2));
+        let param = w.param::<B>("w", device, precision.dtype());
+        param.set_trainable(false);
+        let upload = |m: &Matrix| m.repeated(n).upload::<B>(device, precision.dtype());
+        let (on_device, grad_on_device) = (upload(&x), upload(&grad_y));
+        let both = || {
+            poison::<B>(n * i.max(o), device, precision.dtype());
+            let y = download(B::project(on_device.clone(), &param));
+            poison::<B>(n * i.max(o), device, precision.dtype());
+            [y, download(B::project_backward(on_device.clone(), &param, grad_on_device.clone()))]
+        };
+        let mut ledger = Ledger { target, case: format!("{n}x{i}x{o}"), good: true };
+        let found = both();
+        let [y, grad_x] = [x.times(&w.transposed()), grad_y.times(&w)];
+        ledger.check("y", &found[0], &y.repeated(n), &rounded(&y).repeated(n), i);
+        ledger.check("gx", &found[1], &grad_x.repeated(n), &rounded(&grad_x).repeated(n), o);
+        for _ in 0..2 {
+            assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
+        }
+        ledger.good
+    }
+
+    /// The hidden rows of a squared MLP, and the gradient of its input, which has seen theirs.
+    fn squared<B: Plain>(
+        [n, i, h, o]: [usize; 4],
+        slopes: &[f64],
+        device: &B::Device,
+        target: &Target,
+    ) -> bool {
+        let (precision, label, dtype) = (target.precision, &target.label, target.precision.dtype());
+        let matrix = |rows, columns, scale: f64, seed| Matrix::random(rows, columns, scale, precision, seed);
+        let (x, grad_y) = (matrix(PERIOD, i, 1.0, 1), matrix(PERIOD, o, 1.0, 2));
+        let (inner, last) =
+            (matrix(h, i, (1.0 / i as f64).sqrt(), 3), matrix(o, h, (1.0 / h as f64).sqrt(), 4));
+        let (before, grad_hidden) = (x.times(&inner.transposed()), grad_y.times(&last));
+        let params = [&inner, &last].map(|w| w.param::<B>("w", device, dtype));
+        params.iter().for_each(|w| w.set_trainable(false));
+        let [w1, w2] = &params;
+        let [x, grad_y] = [x, grad_y].map(|m| m.repeated(n).upload::<B>(device, dtype));
+        let mut good = true;
+        for slope in slopes.iter().copied() {
+            // `to` rounds what the reference stores.
+            let pass = |to: &dyn Fn(Matrix) -> Matrix| {
+                let before = to(before.clone());
+                let activated = to(before.map(|v| if v < 0.0 { slope * v } else { v }.powi(2)));
+                let grad_before = to(grad_hidden.clone())
+                    .with(&before, |g, v| 2.0 * g * if v < 0.0 { slope * slope * v } else { v });
+                let grad_x = to(to(grad_before).times(&inner));
+                [before, activated, grad_x].map(|m| m.repeated(n))
+            };
+            let (exact, rounded) = (pass(&|m| m), pass(&|m| m.map(|v| round(v, precision))));
+            let both = || {
+                poison::<B>(n * h, device, dtype);
+                let (_, hidden) = B::squared_mlp_forward(x.clone(), w1, w2, slope);
+                let [before, activated] =
+                    [hidden.before.clone(), Some(hidden.activated.clone())].map(|m| m.map(download));
+                poison::<B>(n * h, device, dtype);
+                let grad_x = B::squared_mlp_backward(x.clone(), hidden, w1, w2, slope, grad_y.clone());
+                [before, activated, Some(download(grad_x))]
+            };
+            let case = format!("{n}x{i}x{h}x{o} slope {slope}");
+            let mut ledger = Ledger { target, case, good: true };
+            let found = both();
+            for (j, (what, terms)) in [("before", i), ("activated", i), ("gx", h)].into_iter().enumerate() {
+                if let Some(found) = &found[j] {
+                    ledger.check(what, found, &exact[j], &rounded[j], terms);
+                }
+            }
+            for _ in 0..2 {
+                assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
+            }
+            good &= ledger.good;
+        }
+        good
+    }
+}
+
+impl Job for ManyRows {
+    type Output = bool;
+
+    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
+        if target.precision != Precision::Bf16 {
+            println!("skipped: many rows, {} {}: no form of its own", target.label, target.precision);
+            return Ok(true);
+        }
+        println!("\nmany rows, {} {}", target.label, target.precision);
+        // Of y, of gx (1032 columns), of both with b streamed, and of the narrowest y with a fetched ahead.
+        let shapes = [
+            [8201, 264, 1032],
+            [8201, 1032, 264],
+            [16_139, 520, 520],
+            [16_403, 328, 512],
+            [16_403, 256, 512],
+        ];
+        let mut good = true;
+        for shape in shapes {
+            good &= Self::project::<B>(shape, device, target);
+        }
+        good &= Self::squared::<B>([8265, 264, 1016, 264], &[0.0, 0.5], device, target);
+        good &= Self::squared::<B>([5479, 264, 1544, 264], &[0.0], device, target);
+        Ok(good)
+    }
+}
+
+#[test]
+fn many_rows_agree_with_the_host() {
+    all_pass(|| ManyRows);
 }
 
 struct ThroughTheTape;

@@ -70,6 +70,13 @@ __device__ __forceinline__ void copy_in(u32 to, const TensorMap &map, u32 barrie
                  : "memory");
 }
 
+// One box to the L2.
+__device__ __forceinline__ void prefetch_box(const TensorMap &map, int x, int y, int z) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x), "r"(y),
+                 "r"(z)
+                 : "memory");
+}
+
 // One box to global memory, as a bulk group of its own after `copy_out_commit`. What lies outside is not written.
 __device__ __forceinline__ void copy_out(const TensorMap &map, u32 from, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

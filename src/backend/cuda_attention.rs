@@ -2,7 +2,9 @@
 //! launched. bf16 heads of 32, 64 or 128 channels; anything else is the reference's.
 
 use super::cuda::Cuda;
-use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, launch};
+use super::launch_cuda::{
+    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch,
+};
 use super::probe_cuda;
 use super::source::Source;
 use super::tensor::{copied, dense, empty, primitive, tensor};
@@ -127,6 +129,7 @@ impl Heads {
             strides: vec![self.strides[0], self.strides[1], 1],
             tile: vec![1, 64, size.min(64)],
             swizzle: if size == 32 { TensorMapSwizzle::B64 } else { TensorMapSwizzle::B128 },
+            prefetch: TensorMapPrefetch::B256,
         }
     }
 

@@ -1,5 +1,7 @@
-//! Matrix products of bf16 on Hopper's tensor cores: how `cuda/matmul.cu` is launched.
+//! Matrix products of bf16 on Hopper's tensor cores: how `cuda/matmul.cu` is launched, or `cuda/matmul_pingpong.cu`
+//! where that is faster.
 
+use super::cuda_pingpong::{self, Form};
 use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, launch};
 use super::probe_cuda;
 use super::source::Source;
@@ -258,25 +260,23 @@ fn multiply(
     constants.extend(slope.map(|slope| ("SLOPE", format!("{:e}f", slope as f32))));
     let aligned = |x: &CubeTensor<CudaRuntime>| is_aligned(x, n);
     if a.is_aligned() && b.is_aligned() && aligned(&out) && beside.as_ref().is_none_or(aligned) {
-        let (stages, staging) = stages(width);
-        let tiles = m.div_ceil(128) * n.div_ceil(width) * z * parts;
-        for (name, value) in [("TILE_N", width), ("STAGES", stages), ("STAGING", staging)] {
-            constants.push((name, value.to_string()));
-        }
-        let kernel = CudaKernel {
-            source: &MATMUL,
-            entry: "matmul",
-            constants,
-            block: 384,
-            shared_bytes: 1024 + stages * ((2 + width / 64) * 8192 + 16) + 8 * (staging * 2048 + 8),
-        };
         let chunk = 128 / out.elem_size();
         let written = |x, depth| map(x, [depth, m, n], [1, 16, chunk]);
         let mut maps = vec![a.map(), b.map(), written(&out, z * parts)];
         maps.extend(beside.as_ref().map(|e| written(e, z)));
+        let (kernel, blocks) = match Form::choose([m, n, k, z], [a.k_major, b.k_major], out.dtype, number) {
+            Some(form) => {
+                maps.iter_mut().for_each(|map| map.prefetch = cuda_pingpong::PREFETCH);
+                (form.kernel(constants), form.blocks(m, n, multiprocessors))
+            }
+            None => {
+                let tiles = m.div_ceil(128) * n.div_ceil(width) * z * parts;
+                (kernel(width, constants), tiles.min(multiprocessors))
+            }
+        };
         let operations = 2.0 * (m * n) as f64 * (k * z) as f64;
         let arguments = Arguments { maps: &maps, scalars: &sizes, operations, ..Default::default() };
-        launch(kernel, [tiles.min(multiprocessors) as u32, 1, 1], arguments);
+        launch(kernel, [blocks as u32, 1, 1], arguments);
     } else {
         let kernel =
             CudaKernel { source: &MATMUL, entry: "matmul_any", constants, block: 128, shared_bytes: 0 };
@@ -289,6 +289,15 @@ fn multiply(
     if summed {
         sum_parts(&out, &c, [m * n, z, parts], accumulate, multiprocessors);
     }
+}
+
+/// The kernel with tiles of this width, for what else it is compiled with.
+fn kernel(width: usize, mut constants: Vec<(&'static str, String)>) -> CudaKernel {
+    let (stages, staging) = stages(width);
+    let own = [("TILE_N", width), ("STAGES", stages), ("STAGING", staging)];
+    constants.extend(own.map(|(name, value)| (name, value.to_string())));
+    let shared_bytes = 1024 + stages * ((2 + width / 64) * 8192 + 16) + 8 * (staging * 2048 + 8);
+    CudaKernel { source: &MATMUL, entry: "matmul", constants, block: 384, shared_bytes }
 }
 
 /// Adds the parts of a product in order, to what `c` holds if so asked.

@@ -18,7 +18,7 @@ use cubecl::cuda::{CudaCompiler, CudaRuntime};
 use cubecl::ir::StorageType;
 use cubecl::prelude::{
     CompiledKernel, CubePrimitive, KernelId, KernelMetadata, OobFill, TensorMapFormat, TensorMapInterleave,
-    TensorMapPrefetch, TiledArgs,
+    TiledArgs,
 };
 use cubecl::server::{KernelArguments, MetadataBindingInfo, TensorMapBinding, TensorMapMeta};
 use cubecl::zspace::metadata::Metadata;
@@ -26,7 +26,7 @@ use cubecl::{CompilationError, Compiler, CubeCount, CubeDim, CubeTask, Execution
 use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
 use std::fmt::Write;
 
-pub use cubecl::prelude::TensorMapSwizzle;
+pub use cubecl::prelude::{TensorMapPrefetch, TensorMapSwizzle};
 
 /// A kernel: an entry point of a source, with its launch constants.
 #[derive(Debug, Clone)]
@@ -156,6 +156,8 @@ pub struct TensorMap<'a> {
     pub tile: Vec<usize>,
     /// How a box lies in shared memory.
     pub swizzle: TensorMapSwizzle,
+    /// What a read fetches to the L2 at once.
+    pub prefetch: TensorMapPrefetch,
 }
 
 impl<'a> TensorMap<'a> {
@@ -167,7 +169,14 @@ impl<'a> TensorMap<'a> {
         swizzle: TensorMapSwizzle,
     ) -> Self {
         let strides = (1..=shape.len()).map(|from| shape[from..].iter().product()).collect();
-        Self { tensor, shape: shape.to_vec(), strides, tile: tile.to_vec(), swizzle }
+        Self {
+            tensor,
+            shape: shape.to_vec(),
+            strides,
+            tile: tile.to_vec(),
+            swizzle,
+            prefetch: TensorMapPrefetch::B256,
+        }
     }
 
     fn binding(&self) -> TensorMapBinding {
@@ -187,7 +196,7 @@ impl<'a> TensorMap<'a> {
             elem_stride: vec![1usize; self.shape.len()].into(),
             interleave: TensorMapInterleave::None,
             swizzle: self.swizzle,
-            prefetch: TensorMapPrefetch::B256,
+            prefetch: self.prefetch,
             oob_fill: OobFill::Zero,
             storage_ty: self.tensor.dtype.into(),
         };
