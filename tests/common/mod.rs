@@ -5,14 +5,20 @@
 use fairway::backend::{DeviceChoice, Precision, Target, devices, resolve};
 use half::bf16;
 
-/// Every device present in every precision that it has; a line `skipped: ...` for each backend that is missing.
+/// Every device present in every precision that it has; a line `skipped: ...` for each backend that is missing, or is
+/// not named in FAIRWAY_TEST_BACKENDS (`cuda`, `cpu wgpu`, ...) where that is set.
 pub fn targets() -> Vec<Target> {
+    let wanted = std::env::var("FAIRWAY_TEST_BACKENDS").ok();
     let mut targets = Vec::new();
     let mut counts = std::collections::HashMap::new();
     for info in devices() {
         let index: &mut usize = counts.entry(info.backend).or_default();
         let number = *index;
         *index += 1;
+        if wanted.as_ref().is_some_and(|wanted| !wanted.split_whitespace().any(|name| name == info.backend)) {
+            println!("skipped: {}: not among FAIRWAY_TEST_BACKENDS", info.backend);
+            continue;
+        }
         if !info.usable {
             println!("skipped: {}: {}", info.backend, info.note);
             continue;
