@@ -12,7 +12,7 @@
 mod common;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use common::{Random, Worst, epsilon, round, targets, worst};
+use common::{Random, Worst, all_pass, download, epsilon, round, same, targets, upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
@@ -184,25 +184,6 @@ impl<B: Plain> Inputs<B> {
     }
 }
 
-fn upload<B: Plain, const D: usize>(
-    values: &[f64],
-    shape: [usize; D],
-    device: &B::Device,
-    precision: Precision,
-) -> Tensor<B, D> {
-    if precision == Precision::F64 {
-        return Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F64));
-    }
-    let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-    let tensor: Tensor<B, D> = Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
-    tensor.cast(precision.dtype())
-}
-
-fn download<B: Plain, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
-    let tensor = if tensor.dtype() == DType::BF16 { tensor.cast(DType::F32) } else { tensor };
-    tensor.into_data().iter::<f64>().collect()
-}
-
 /// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.
 fn poison<B: Plain>(case: &Case, device: &B::Device) {
     let Case { rows, vocab, columns, .. } = *case;
@@ -254,10 +235,6 @@ fn tolerances<B: Plain>(case: &Case, exact: &Exact, device: &B::Device, precisio
         tolerances[0] = tolerances[0].max((case.columns as f64 / 16.0 + 1.0) * f64::from(f32::EPSILON));
     }
     tolerances
-}
-
-fn same(a: &[f64], b: &[f64]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
 struct AgainstTheHost;
@@ -326,12 +303,7 @@ impl Job for AgainstTheHost {
 
 #[test]
 fn every_device_agrees_with_the_host() {
-    let failed: Vec<String> = targets()
-        .into_iter()
-        .filter(|target| !guard(target, || run(target, AgainstTheHost)).unwrap())
-        .map(|target| format!("{} {}", target.label, target.precision))
-        .collect();
-    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
+    all_pass(|| AgainstTheHost);
 }
 
 struct ThroughAutodiff;

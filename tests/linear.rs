@@ -9,7 +9,7 @@
 mod common;
 
 use burn::tensor::{DType, Tensor, TensorData};
-use common::{Random, epsilon, round, targets, worst};
+use common::{Random, all_pass, download, epsilon, round, targets, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target, guard, run};
@@ -97,10 +97,6 @@ impl Matrix {
     }
 }
 
-fn download<B: Plain, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
-
 fn grad<B: Plain>(w: &Param<B>) -> Vec<f64> {
     download(w.grad::<2>().unwrap_or_else(|| panic!("no gradient of {}", w.name())))
 }
@@ -151,15 +147,6 @@ impl Ledger<'_> {
         );
         self.good &= within;
     }
-}
-
-fn all_pass<J: Job<Output = bool>>(job: impl Fn() -> J) {
-    let failed: Vec<String> = targets()
-        .into_iter()
-        .filter(|target| !guard(target, || run(target, job())).unwrap())
-        .map(|target| format!("{} {}", target.label, target.precision))
-        .collect();
-    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
 }
 
 /// Rows, inputs and outputs: for the copy engine and not, one tile and several, few rows and so many that a weight's

@@ -3,8 +3,8 @@
 
 mod common;
 
-use burn::tensor::{DType, Tensor, TensorData};
-use common::{Random, round, targets};
+use burn::tensor::{DType, Tensor};
+use common::{Random, download, round, targets, upload_as};
 use fairway::Result;
 use fairway::backend::{Job, Precision, Target, guard, run};
 use fairway::ops::attention::Mask;
@@ -14,20 +14,14 @@ use fairway::ops::{
     AttentionOps, Autodiff, LinearOps, NormedAttentionOps, Param, Plain, QkNormOps, accumulate_type,
 };
 
-fn upload<B: Plain, const D: usize>(
+fn random_tensor<B: Plain, const D: usize>(
     random: &mut Random,
     shape: [usize; D],
     device: &B::Device,
     precision: Precision,
 ) -> Tensor<B, D> {
     let values: Vec<f64> = (0..shape.iter().product()).map(|_| round(random.uniform(), precision)).collect();
-    let wide = accumulate_type(precision.dtype());
-    let data = TensorData::new(values, shape).convert_dtype(wide);
-    Tensor::from_data(data, (device, wide))
-}
-
-fn download<B: Plain, const D: usize>(x: Tensor<B, D>) -> Vec<f64> {
-    x.into_data().iter::<f64>().collect()
+    upload_as(&values, shape, device, accumulate_type(precision.dtype()))
 }
 
 /// Batch, positions, heads, groups, size and rotated channels.
@@ -45,14 +39,18 @@ impl Job for AgainstItsParts {
         for (number, [batch, time, heads, groups, size, rotated]) in CASES.into_iter().enumerate() {
             let mut random = Random(number as u64);
             let (rows, columns) = (batch * time, 48);
-            let x = upload::<B, 2>(&mut random, [rows, columns], device, precision).cast(dtype);
-            let grad = upload::<B, 2>(&mut random, [rows, heads * size], device, precision).cast(dtype);
+            let x = random_tensor::<B, 2>(&mut random, [rows, columns], device, precision).cast(dtype);
+            let grad =
+                random_tensor::<B, 2>(&mut random, [rows, heads * size], device, precision).cast(dtype);
             let mut weight = |outputs: usize| {
-                Param::<B>::new("w", upload(&mut random, [outputs, columns], device, precision), dtype)
+                Param::<B>::new("w", random_tensor(&mut random, [outputs, columns], device, precision), dtype)
             };
             let weights = [weight(heads * size), weight(groups * size), weight(groups * size)];
-            let gain =
-                Param::<B>::new("gain", upload::<B, 1>(&mut random, [heads], device, precision), dtype);
+            let gain = Param::<B>::new(
+                "gain",
+                random_tensor::<B, 1>(&mut random, [heads], device, precision),
+                dtype,
+            );
             let rope = match rotated {
                 0 => {
                     let none = Tensor::empty([time, 0], (device, DType::F32));

@@ -7,8 +7,8 @@
 
 mod common;
 
-use burn::tensor::{DType, Tensor, TensorData};
-use common::{Random, Worst, epsilon, round, targets, worst};
+use burn::tensor::Tensor;
+use common::{Random, Worst, all_pass, download, epsilon, round, same, targets, upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target, guard, run};
@@ -168,28 +168,6 @@ fn largest(values: &[f64]) -> f64 {
     values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
 }
 
-fn upload<B: Plain, const D: usize>(
-    values: &[f64],
-    shape: [usize; D],
-    device: &B::Device,
-    precision: Precision,
-) -> Tensor<B, D> {
-    if precision == Precision::F64 {
-        return Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F64));
-    }
-    let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-    let tensor: Tensor<B, D> = Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
-    tensor.cast(precision.dtype())
-}
-
-fn download<B: Plain, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
-}
-
-fn same(a: &[f64], b: &[f64]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
-}
-
 /// A case's tensors on a device.
 struct Uploaded<B: Plain> {
     inputs: [Tensor<B, 2>; 2],
@@ -313,12 +291,7 @@ impl Job for AgainstTheHost {
 
 #[test]
 fn every_device_agrees_with_the_host() {
-    let failed: Vec<String> = targets()
-        .into_iter()
-        .filter(|target| !guard(target, || run(target, AgainstTheHost)).unwrap())
-        .map(|target| format!("{} {}", target.label, target.precision))
-        .collect();
-    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
+    all_pass(|| AgainstTheHost);
 }
 
 struct ThroughAutodiff;

@@ -6,8 +6,8 @@
 
 mod common;
 
-use burn::tensor::{DType, Tensor, TensorData};
-use common::{Random, Worst, epsilon, round, targets, worst};
+use burn::tensor::{DType, Tensor};
+use common::{Random, Worst, all_pass, download, epsilon, round, targets, upload_as as upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target, guard, run};
@@ -24,23 +24,6 @@ const CPU: burn_ndarray::NdArrayDevice = burn_ndarray::NdArrayDevice::Cpu;
 /// The type of master values.
 fn master(precision: Precision) -> DType {
     if precision == Precision::F64 { DType::F64 } else { DType::F32 }
-}
-
-fn upload<B: Plain, const D: usize>(
-    values: &[f64],
-    shape: [usize; D],
-    device: &B::Device,
-    dtype: DType,
-) -> Tensor<B, D> {
-    if dtype == DType::F64 {
-        return Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, dtype));
-    }
-    let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-    Tensor::<B, D>::from_data(TensorData::new(values, shape), (device, DType::F32)).cast(dtype)
-}
-
-fn download<B: Plain, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
 }
 
 /// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.
@@ -488,28 +471,19 @@ impl Job for ListsAgainstTheHost {
     }
 }
 
-fn assert_good<J: Job<Output = bool>>(job: impl Fn() -> J) {
-    let failed: Vec<String> = targets()
-        .into_iter()
-        .filter(|target| !guard(target, || run(target, job())).unwrap())
-        .map(|target| format!("{} {}", target.label, target.precision))
-        .collect();
-    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
-}
-
 #[test]
 fn adam_agrees_with_the_host_on_every_device() {
-    assert_good(|| AdamAgainstTheHost);
+    all_pass(|| AdamAgainstTheHost);
 }
 
 #[test]
 fn muon_s_steps_agree_with_the_host_on_every_device() {
-    assert_good(|| MuonAgainstTheHost);
+    all_pass(|| MuonAgainstTheHost);
 }
 
 #[test]
 fn norms_and_averages_agree_with_the_host_on_every_device() {
-    assert_good(|| ListsAgainstTheHost);
+    all_pass(|| ListsAgainstTheHost);
 }
 
 // ---- layouts --------------------------------------------------------------------------------------------------------
@@ -702,5 +676,5 @@ impl Job for WholeOptimizers {
 
 #[test]
 fn whole_optimizers_agree_and_restored_state_goes_on_to_the_bit() {
-    assert_good(|| WholeOptimizers);
+    all_pass(|| WholeOptimizers);
 }

@@ -2,7 +2,9 @@
 
 #![allow(dead_code)]
 
-use fairway::backend::{DeviceChoice, Precision, Target, devices, resolve};
+use burn::tensor::{DType, Tensor, TensorData};
+use fairway::backend::{DeviceChoice, Job, Precision, Target, devices, guard, resolve, run};
+use fairway::ops::Plain;
 use half::bf16;
 
 /// Every device present in every precision that it has; a line `skipped: ...` for each backend that is missing, or is
@@ -32,6 +34,51 @@ pub fn targets() -> Vec<Target> {
             .extend(precisions.iter().map(|p| resolve(&choice, Some(*p)).expect("a device that is there")));
     }
     targets
+}
+
+/// Runs a job on each of [`targets`]; what it gives is whether all was within its tolerance.
+pub fn all_pass<J: Job<Output = bool>>(job: impl Fn() -> J) {
+    let failed: Vec<String> = targets()
+        .into_iter()
+        .filter(|target| !guard(target, || run(target, job())).unwrap())
+        .map(|target| format!("{} {}", target.label, target.precision))
+        .collect();
+    assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
+}
+
+/// A tensor on a device: in f64, or through f32.
+pub fn upload_as<B: Plain, const D: usize>(
+    values: &[f64],
+    shape: [usize; D],
+    device: &B::Device,
+    dtype: DType,
+) -> Tensor<B, D> {
+    if dtype == DType::F64 {
+        return Tensor::from_data(TensorData::new(values.to_vec(), shape), (device, DType::F64));
+    }
+    let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+    let tensor: Tensor<B, D> = Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
+    tensor.cast(dtype)
+}
+
+/// [`upload_as`] in a precision's own type.
+pub fn upload<B: Plain, const D: usize>(
+    values: &[f64],
+    shape: [usize; D],
+    device: &B::Device,
+    precision: Precision,
+) -> Tensor<B, D> {
+    upload_as(values, shape, device, precision.dtype())
+}
+
+/// A tensor's elements.
+pub fn download<B: Plain, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
+    tensor.into_data().iter::<f64>().collect()
+}
+
+/// Whether both are the same numbers to the bit.
+pub fn same(a: &[f64], b: &[f64]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
 /// Seeded numbers (splitmix64).
