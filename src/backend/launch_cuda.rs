@@ -51,7 +51,7 @@ impl CudaKernel {
             let _ = writeln!(text, "#define {name} {value}");
         }
         let _ = writeln!(text, "#line 1 \"{}\"", self.source.name());
-        text + self.source.text()
+        text + &self.source.text_of(self.entry)
     }
 }
 

@@ -50,6 +50,38 @@ impl Source {
         &self.expanded().0
     }
 
+    /// The text without the CUDA kernels other than `entry`, which would be compiled with it and thrown away: each begins
+    /// with a line `extern "C" __global__ ...` and ends with a line `}`. Lines keep their numbers. All of the text where
+    /// none of them is the entry (a macro makes it).
+    pub fn text_of(&self, entry: &str) -> String {
+        let mut text = String::new();
+        let mut found = false;
+        let mut kernel: Option<String> = None;
+        for line in self.text().lines() {
+            if line.starts_with("extern \"C\" __global__") {
+                kernel = Some(String::new());
+            }
+            let Some(body) = &mut kernel else {
+                text.push_str(line);
+                text.push('\n');
+                continue;
+            };
+            body.push_str(line);
+            body.push('\n');
+            if line == "}" {
+                let named = format!("{entry}(");
+                let is_it = body.split_whitespace().any(|word| word.starts_with(&named));
+                found |= is_it;
+                match is_it {
+                    true => text.push_str(body),
+                    false => text.extend(body.lines().map(|_| '\n')),
+                }
+                kernel = None;
+            }
+        }
+        if found { text } else { self.text().to_string() }
+    }
+
     /// A hash of [`Self::text`]: part of the identity of every kernel compiled from it.
     pub fn hash(&self) -> u128 {
         self.expanded().1
@@ -87,6 +119,24 @@ mod tests {
         assert!(source.text().contains(COMMON[1].1.lines().last().unwrap()));
         assert!(source.text().ends_with("\nend\n"));
         assert!(!source.text().contains("#include \"common"));
+    }
+
+    #[test]
+    fn a_kernel_is_compiled_without_the_others() {
+        let kernel = |name: &str| {
+            format!(
+                "extern \"C\" __global__ void __launch_bounds__(1)\n{name}(int *x) {{\n    if (x) {{\n    }}\n}}\n"
+            )
+        };
+        let text = format!("// head\n{}static int a;\n{}", kernel("add"), kernel("add_all"));
+        let source = Source::new("x.cu", Box::leak(text.clone().into_boxed_str()));
+        let blank = "\n".repeat(5);
+        assert_eq!(source.text_of("add"), format!("// head\n{}static int a;\n{blank}", kernel("add")));
+        assert_eq!(
+            source.text_of("add_all"),
+            format!("// head\n{blank}static int a;\n{}", kernel("add_all"))
+        );
+        assert_eq!(source.text_of("made_by_a_macro"), text);
     }
 
     #[test]
