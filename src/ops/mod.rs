@@ -57,6 +57,7 @@ pub use rope::RopeOps;
 pub use scan::ScanOps;
 pub use selective_scan::SelectiveScanOps;
 pub use stream::StreamOps;
+pub use tape::rounded;
 pub use update::UpdateOps;
 pub use xsa::XsaOps;
 

@@ -1,11 +1,13 @@
 //! The glue between the fused ops and Burn's differentiation: one node type for all of them.
 
+use super::update::round_bf16;
 use super::{Autodiff, Base, Plain};
-use burn::tensor::{Tensor, TensorPrimitive};
+use burn::tensor::{Shape, Tensor, TensorMetadata, TensorPrimitive};
 use burn_autodiff::checkpoint::base::Checkpointer;
 use burn_autodiff::checkpoint::strategy::NoCheckpointing;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
+use std::cell::Cell;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -65,11 +67,44 @@ pub(super) fn record<B: Plain, const O: usize, const N: usize>(
     tensor(node(parents, primitive(output), move |grad| backward(tensor(grad)).map(Some)))
 }
 
+thread_local! {
+    static ROUNDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `forward` with the output of every op that it records, and the gradients that the op's backward will give,
+/// rounded to bf16: the error that a reference itself makes in bf16, on devices without that type (DESIGN.md, parity
+/// rule). Gradients of parameters add up unrounded.
+pub fn rounded<T>(forward: impl FnOnce() -> T) -> T {
+    struct Restored(bool);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            ROUNDED.set(self.0);
+        }
+    }
+    let restored = Restored(ROUNDED.replace(true));
+    let result = forward();
+    drop(restored);
+    result
+}
+
+/// The value as an op leaves it.
+fn kept<B: Plain>(x: Primitive<B>, rounds: bool) -> Primitive<B> {
+    if !rounds {
+        return x;
+    }
+    let shape = x.shape();
+    let flat = B::float_reshape(x, Shape::new([shape.num_elements()]));
+    B::float_reshape(primitive(round_bf16(tensor::<B, 1>(flat))), shape)
+}
+
 fn node<B: Plain, const N: usize>(
     parents: [Primitive<Autodiff<B>>; N],
     output: Primitive<B>,
     backward: impl Fn(Primitive<B>) -> [Option<Primitive<B>>; N] + Send + Sync + 'static,
 ) -> Primitive<Autodiff<B>> {
+    let rounds = ROUNDED.get();
+    let output = kept::<B>(output, rounds);
+    let backward = move |grad| backward(grad).map(|grad| Some(kept::<B>(grad?, rounds)));
     let nodes = parents.each_ref().map(|parent| parent.node.clone());
     let prepared =
         <Node as Backward<B, N>>::prepare::<NoCheckpointing>(Node, nodes).compute_bound().stateful();
@@ -178,6 +213,24 @@ mod tests {
         assert_eq!(gradient(|[a, b], x| a * x + b), (vec![4.0 + 3.0, -8.0 + 3.0], vec![[true, true]]));
         assert_eq!(gradient(|[_, b], _| b.clone() * b), (vec![18.0, -36.0], vec![[false, true]]));
         assert_eq!(gradient(|[a, _], _| a), (vec![2.0, 2.0], vec![[true, false]]));
+    }
+
+    #[test]
+    fn outputs_and_gradients_are_rounded_where_that_is_asked_for() {
+        // 0.3 and 2 in bf16's 8 bits: 0.30078125; the gradient 0.7 as 0.69921875.
+        let device = Default::default();
+        let values = |x: Tensor<Cpu, 2>| x.into_data().iter::<f64>().collect::<Vec<_>>();
+        let run = || {
+            let leaf = Tensor::<Cpu, 2>::from_data(TensorData::new(vec![0.3f32, 2.0], [2, 1]), &device);
+            let x = Tensor::<Autodiff<Cpu>, 2>::from_inner(leaf).require_grad();
+            let y = unary(x.clone(), |x| x, |_, grad| grad);
+            let grads = y.clone().mul_scalar(0.7).sum().backward();
+            (values(y.inner()), values(x.grad(&grads).unwrap()))
+        };
+        let (y, grad) = rounded(run);
+        assert_eq!((y, grad), (vec![0.30078125, 2.0], vec![0.69921875; 2]));
+        let (y, grad) = run();
+        assert_eq!((y[0] as f32, grad[1] as f32), (0.3, 0.7));
     }
 
     #[test]
