@@ -12,7 +12,7 @@ use burn::tensor::Tensor;
 use common::{Random, Worst, all_pass, download, epsilon, round, same, targets, upload, upload_as, worst};
 use fairway::Result;
 use fairway::backend::{Job, Precision, Target, guard, run};
-use fairway::ops::attention::Mask;
+use fairway::ops::attention::{Attended, Mask};
 use fairway::ops::projected_attention::Heads;
 use fairway::ops::qk_norm::QkNorm;
 use fairway::ops::rope::RopeTable;
@@ -319,6 +319,31 @@ impl<B: Plain> Uploaded<B> {
         ([q, k, values].map(download), normed.map(download))
     }
 
+    /// The gradients of all parameters that have one.
+    fn take_grads(&self) -> impl Iterator<Item = Vec<f64>> {
+        let params = self.weights.iter().chain(&self.gain);
+        params.filter(|p| p.is_trainable()).map(|p| {
+            let grad = p.take_flat_grad().expect("a gradient of a parameter");
+            assert_eq!(grad.dtype(), p.master_type());
+            download(grad)
+        })
+    }
+
+    /// The same as [`Self::through_the_tape`] without a tape.
+    fn explicit_backward(&self) -> Vec<Vec<f64>> {
+        self.poison();
+        let (weights, mask) = (self.weights.each_ref(), Mask::causal());
+        let Heads { before, normed: [q, k], values } = B::project_heads(self.x.clone(), weights, &self.how);
+        let v = values.reshape(k.dims());
+        let (y, log_sums) = B::attention_forward(q.clone(), k.clone(), v.clone(), &mask, self.scale);
+        let value = download(y.clone());
+        let attended = Attended { q, k, v, y, log_sums };
+        let (x, grad) = (self.x.clone(), self.grad.clone());
+        let grad_x =
+            B::projected_attention_backward(x, weights, before, attended, grad, &self.how, &mask, self.scale);
+        [value, download(grad_x)].into_iter().chain(self.take_grads()).collect()
+    }
+
     /// The output, and by the tape the gradients of x, of the weights and of the gain. `apart`: the projections and what
     /// follows them as ops of their own.
     fn through_the_tape(&self, apart: bool) -> Vec<Vec<f64>> {
@@ -336,12 +361,7 @@ impl<B: Plain> Uploaded<B> {
         self.poison();
         let grads = (y * Tensor::from_inner(self.grad.clone())).sum().backward();
         let mut found = vec![value, download(leaf.grad(&grads).expect("a gradient of x"))];
-        let params = self.weights.iter().chain(&self.gain);
-        found.extend(params.filter(|p| p.is_trainable()).map(|p| {
-            let grad = p.take_flat_grad().expect("a gradient of a parameter");
-            assert_eq!(grad.dtype(), p.master_type());
-            download(grad)
-        }));
+        found.extend(self.take_grads());
         found
     }
 }
@@ -487,8 +507,8 @@ struct AgainstItsParts;
 impl Job for AgainstItsParts {
     type Output = ();
 
-    /// The same bits as its parts one after the other, but where the projection's epilogue norms; frozen weights and a
-    /// frozen gain get no gradient and change no other.
+    /// The same bits as its parts one after the other, but where the projection's epilogue norms, and as its explicit
+    /// backward; frozen weights and a frozen gain get no gradient and change no other.
     fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<()> {
         for (number, sizes) in [[2, 30, 40, 4, 2, 64, 64], [1, 12, 20, 2, 1, 10, 4]].into_iter().enumerate() {
             let case = Case::new(sizes, 1e-5, true, &[1.0], target.precision, number as u64);
@@ -499,6 +519,11 @@ impl Job for AgainstItsParts {
                 let apart = on_device.through_the_tape(true);
                 assert!(apart.iter().zip(&together).all(|(a, b)| same(a, b)), "{what}: not its parts");
             }
+            let explicit = on_device.explicit_backward();
+            assert!(
+                explicit.iter().zip(&together).all(|(a, b)| same(a, b)),
+                "{what}: not the explicit backward"
+            );
             on_device.weights[1].set_trainable(false);
             on_device.how.gain.as_ref().expect("a gain").set_trainable(false);
             let mut frozen = on_device.through_the_tape(false);

@@ -1,6 +1,6 @@
 //! Attention from the mixer's input on: the projections of queries, keys and values ([`super::linear`]), with
 //! [`super::normed_attention`] right after them, as one op, so that a device may norm queries and keys in the pass that
-//! projects them.
+//! projects them. One node on the tape where the device joins projections.
 
 use super::attention::{Attended, Mask};
 use super::qk_norm::QkNorm;
@@ -69,6 +69,10 @@ impl<B: Plain> ProjectedAttentionOps for Autodiff<B> {
         mask: &Mask<Self>,
         scale: f64,
     ) -> Tensor<Self, 4> {
+        if !B::JOINS_PROJECTIONS {
+            let [q, k, v] = Self::project_many(x, weights);
+            return Self::normed_attention(q, k, v, how, mask, scale);
+        }
         let x = primitive(x);
         let input: Tensor<B, 2> = tensor(x.primitive.clone());
         let mask = Mask { window: mask.window, documents: mask.documents.clone().map(Tensor::inner) };
