@@ -15,6 +15,7 @@
 // PANEL = 0: the ring has slices of a and b, for every k.
 // AHEAD > 0: so many tiles ahead, a block's share of a's rows is fetched to the L2; helps where reads come late.
 // Shared bytes: SHARED_BYTES.
+// EPILOGUE 5, this kernel's only, of a tile of 64 rows: common/epilogue_qk_norm.cuh.
 // Invariants: as in matmul.cu. A warpgroup begins a tile only when the other has seen all slices of the tile before:
 // the turns keep every barrier at most one phase away from whoever waits for it.
 //
@@ -29,12 +30,22 @@
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=4 -DSLOPE=5e-1f
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=64 -DHALF=32 -DGAIN=1
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=64 -DHALF=32 -DGAIN=0
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=64 -DHALF=8 -DGAIN=1
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=64 -DHALF=0 -DGAIN=1
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=32 -DHALF=16 -DGAIN=1
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=128 -DHALF=64 -DGAIN=1
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=128 -DHALF=64 -DGAIN=0
 // variant: -DROWS=128 -DTILE_N=128 -DPANEL=0 -DSTAGES=5 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DROWS=128 -DTILE_N=128 -DPANEL=0 -DSTAGES=5 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 
 #include <cuda_bf16.h>
 #include "common/hopper.cuh"
 #include "common/product.cuh"
+#if EPILOGUE == 5
+#include "common/epilogue_qk_norm.cuh"
+#endif
 
 #define HALVES (ROWS / 64)
 #define B_BOXES (TILE_N / 64)
@@ -51,6 +62,9 @@ struct Scalars {
     u64 m, n, k;
     u64 batches; // z
     u64 splits;  // 1
+#if EPILOGUE == 5
+    HeadScalars heads;
+#endif
 };
 
 // What a block multiplies: in panels panel0, panel0 + gridDim, ... the tiles row0, row0 + step, ...
@@ -148,6 +162,9 @@ __device__ __forceinline__ void fetch(const TensorMap &a_map, const TensorMap &b
 
 // Multiplies every second tile of the block and writes it; a warpgroup.
 __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap &e_map, const Walk &walk,
+#if EPILOGUE == 5
+                                         Heads heads,
+#endif
                                          const Scalars &s, Ring ring) {
     constexpr u32 a_step = A_K_MAJOR ? 2 : 128, b_step = B_K_MAJOR ? 2 : 128; // of 16 along k, in 16 bytes
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
@@ -171,6 +188,9 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
             }
             __syncwarp();
         }
+#if EPILOGUE == 5
+        heads.begin(column, row, lane, d[0]);
+#endif
         const bool fresh = PANEL && ordinal != last;
         last = ordinal;
         if (index > 0) sync_threads(1 + group, 256); // its turn
@@ -224,6 +244,15 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
                 write_chunks<true, CHUNKS>(d[i], e_map, buffers, column, row + i * 64, part, s.m, s.n, lane);
             }
         }
+#if EPILOGUE == 5
+        static_assert(HALVES == 1, "rows of one product");
+        if (heads.has(column)) {
+            heads.apply(d[0]);
+            if (lane == 0) copy_out_wait();
+            __syncwarp();
+            write_chunks<true, CHUNKS>(d[0], e_map, staging, column, row, part, s.m, s.heads.normed, lane);
+        }
+#endif
     }
     if (lane == 0) copy_out_wait();
 }
@@ -235,6 +264,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     const __grid_constant__ TensorMap e_map, const bf16 *, const bf16 *, OUT *, OUT *,
 #else
                     const bf16 *, const bf16 *, OUT *,
+#endif
+#if EPILOGUE == 5
+                    HEAD_PARAMETERS
 #endif
                     const __grid_constant__ Scalars s) {
 #if !HAS_E
@@ -261,6 +293,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (threadIdx.x == 0) fetch(a_map, b_map, walk, ring);
     } else {
         registers_up<232>();
+#if EPILOGUE == 5
+        multiply(c_map, e_map, walk, Heads(s.heads, cosines, sines, HEAD_GAINS), s, ring);
+#else
         multiply(c_map, e_map, walk, s, ring);
+#endif
     }
 }

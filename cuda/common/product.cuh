@@ -5,7 +5,7 @@ typedef __nv_bfloat16 bf16;
 
 #define READS_E (EPILOGUE == 2 || EPILOGUE == 4)
 #define WRITES_E (EPILOGUE == 3)
-#define HAS_E (READS_E || WRITES_E)
+#define HAS_E (READS_E || WRITES_E || EPILOGUE == 5)
 
 // RAW: what is written to e.
 template <bool RAW = false> __device__ __forceinline__ float epilogue(float x, float e = 0.0f) {

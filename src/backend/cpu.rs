@@ -31,6 +31,7 @@ impl OnePoleOps for Cpu {
     const ONE_POLE_ELEMENTS: usize = 1 << 21;
 }
 impl ParamOps for Cpu {}
+impl ProjectedAttentionOps for Cpu {}
 impl ReduceOps for Cpu {}
 impl QkNormOps for Cpu {}
 impl ResidualOps for Cpu {}

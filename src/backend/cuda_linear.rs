@@ -17,7 +17,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 use cubecl::zspace::metadata::Metadata;
 
-type Matrix = CubeTensor<CudaRuntime>;
+pub(super) type Matrix = CubeTensor<CudaRuntime>;
 
 impl LinearOps for Cuda {
     const JOINS_PROJECTIONS: bool = true;
@@ -128,7 +128,7 @@ impl MlpOps for Cuda {
     }
 }
 
-fn sizes(x: &Matrix) -> [usize; 2] {
+pub(super) fn sizes(x: &Matrix) -> [usize; 2] {
     [x.meta.shape()[0], x.meta.shape()[1]]
 }
 
@@ -209,14 +209,14 @@ fn accumulate_all<const N: usize>(weights: [&Param<Cuda>; N], x: &Matrix, grad: 
 
 /// Whether projections of `x` by these weights are one product: on the tensor cores, each part of it at a whole number of
 /// loads.
-fn joins<const N: usize>(x: &Matrix, weights: &[&Param<Cuda>; N]) -> bool {
+pub(super) fn joins<const N: usize>(x: &Matrix, weights: &[&Param<Cuda>; N]) -> bool {
     let distinct = (1..N).all(|i| weights[..i].iter().all(|other| !weights[i].is(other)));
     let aligned = weights.iter().all(|w| (w.shape()[0] * x.elem_size()).is_multiple_of(LOAD_BYTES));
     (2..=MOST_SOURCES).contains(&N) && distinct && aligned && takes_factor(x)
 }
 
 /// The weights one under the other, `[sum o, i]`: made once for each new value of one of them.
-fn packed<const N: usize>(weights: [&Param<Cuda>; N]) -> Matrix {
+pub(super) fn packed<const N: usize>(weights: [&Param<Cuda>; N]) -> Matrix {
     let columns = weights[0].shape()[1];
     Param::joint(weights, |weights| {
         let parts = weights.map(|w| {

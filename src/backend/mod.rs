@@ -20,6 +20,7 @@ mod cuda_matmul;
 mod cuda_newton_schulz;
 mod cuda_normed_attention;
 mod cuda_pingpong;
+mod cuda_projected_attention;
 mod cuda_qk_norm;
 mod cuda_reduce;
 mod cuda_stream;

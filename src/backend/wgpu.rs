@@ -44,6 +44,7 @@ impl MlpOps for Wgpu {}
 impl NormedAttentionOps for Wgpu {}
 impl OnePoleOps for Wgpu {}
 impl ParamOps for Wgpu {}
+impl ProjectedAttentionOps for Wgpu {}
 impl ReduceOps for Wgpu {}
 impl QkNormOps for Wgpu {}
 impl ResidualOps for Wgpu {}

@@ -133,20 +133,21 @@ impl<P: Plain> Attention<P> {
         }
     }
 
-    /// `x[b t, c]` (normed) to `y[b t, c]`, and the values before the residual and SiLU; the rotation holds the rows of
-    /// these `t` positions.
+    /// `x[b t, c]` (normed) to `y[b t, c]`, and the values before the residual and SiLU where the plan has a value residual;
+    /// the rotation holds the rows of these `t` positions.
     pub fn forward<B: Backend<Plain = P>>(
         &self,
         x: Tensor<B, 2>,
         inputs: AttentionInputs<'_, B>,
         cache: Option<&mut KeyValueCache<B>>,
-    ) -> (Tensor<B, 2>, Tensor<B, 4>) {
-        let AttentionPlan { heads, groups, rms_eps, .. } = self.plan;
+    ) -> (Tensor<B, 2>, Option<Tensor<B, 4>>) {
+        let AttentionPlan { heads, groups, rms_eps, silu_values, exclude_self, value_residual, .. } =
+            self.plan;
         let head_dim = self.plan.head_dim();
         let rows = x.dims()[0];
         let (batch, time) = (inputs.batch, rows / inputs.batch);
         let split = |y: Tensor<B, 2>, heads| y.reshape([batch, time, heads, head_dim]);
-        let [q, k, mut v] = B::project_many(x.clone(), [&self.c_q, &self.c_k, &self.c_v]);
+        let weights = [&self.c_q, &self.c_k, &self.c_v];
         let how = QkNorm {
             batch,
             heads,
@@ -155,18 +156,25 @@ impl<P: Plain> Attention<P> {
             gain: Some(self.q_gain.clone()),
             eps: rms_eps,
         };
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let values_as_projected =
+            inputs.value_embedding.is_none() && !(silu_values || exclude_self || value_residual);
+        if cache.is_none() && values_as_projected {
+            let y = B::projected_attention(x.clone(), weights, &how, &Mask::causal(), scale);
+            return (self.gated_output(x, y), None);
+        }
+        let [q, k, mut v] = B::project_many(x.clone(), weights);
         if let Some(embedding) = inputs.value_embedding {
             v = v + embedding;
         }
-        let first = split(v.clone(), groups);
+        let first = value_residual.then(|| split(v.clone(), groups));
         if let (Some(alpha), Some(values)) = (&self.residual, inputs.first_values) {
             v = v + values.reshape(k.dims()) * B::logistic(B::weight(alpha, [1, 1]));
         }
-        if self.plan.silu_values {
+        if silu_values {
             v = B::silu(v);
         }
         let own = v.clone();
-        let scale = 1.0 / (head_dim as f64).sqrt();
         let mut y = match cache {
             None => B::normed_attention(q, k, v, &how, &Mask::causal(), scale),
             Some(cache) => {
@@ -175,13 +183,19 @@ impl<P: Plain> Attention<P> {
                 B::causal_attention(q, k, v, scale)
             }
         };
-        if self.plan.exclude_self {
+        if exclude_self {
             y = B::exclude_self(y, split(own, groups));
         }
+        (self.gated_output(x, y), first)
+    }
+
+    /// The gate by the mixer's input `x[b t, c]`, if there is one, and the output projection of `y[b, t, h, d]`.
+    fn gated_output<B: Backend<Plain = P>>(&self, x: Tensor<B, 2>, mut y: Tensor<B, 4>) -> Tensor<B, 2> {
+        let [batch, time, heads, head_dim] = y.dims();
         if let Some([weight, bias]) = &self.gate {
             let gate = B::project(x, weight) + B::weight(bias, [1, heads]);
             y = y * B::logistic(gate).reshape([batch, time, heads, 1]);
         }
-        (B::project(y.reshape([rows, heads * head_dim]), &self.proj), first)
+        B::project(y.reshape([batch * time, heads * head_dim]), &self.proj)
     }
 }

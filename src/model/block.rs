@@ -185,7 +185,7 @@ impl<P: Plain> Block<P> {
                         first_values: first_values.clone(),
                     };
                     let (y, first) = attention.forward(n, inputs, kv.take());
-                    values = Some(first);
+                    values = first;
                     y
                 }
                 Mixer::Mamba1(mamba) => mamba.forward(n, batch, ssm.take()),

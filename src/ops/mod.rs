@@ -22,6 +22,7 @@ pub mod newton_schulz;
 pub mod normed_attention;
 pub mod one_pole;
 pub mod param;
+pub mod projected_attention;
 pub mod qk_norm;
 pub mod reduce;
 pub mod residual;
@@ -49,6 +50,7 @@ pub use newton_schulz::NewtonSchulzOps;
 pub use normed_attention::NormedAttentionOps;
 pub use one_pole::OnePoleOps;
 pub use param::{Param, ParamOps};
+pub use projected_attention::ProjectedAttentionOps;
 pub use qk_norm::QkNormOps;
 pub use reduce::ReduceOps;
 pub use residual::ResidualOps;
@@ -94,6 +96,7 @@ pub trait Backend:
     + NormedAttentionOps
     + OnePoleOps
     + ParamOps
+    + ProjectedAttentionOps
     + ReduceOps
     + QkNormOps
     + ResidualOps
@@ -122,6 +125,7 @@ impl<B> Backend for B where
         + NormedAttentionOps
         + OnePoleOps
         + ParamOps
+        + ProjectedAttentionOps
         + ReduceOps
         + QkNormOps
         + ResidualOps
