@@ -171,15 +171,16 @@ const SMALL: [[usize; 4]; 8] = [
 ];
 
 /// For CUDA, whose kernel without tensor cores (`cuda/matmul_exact.cu`) takes those of f32; the tiles are an H100's.
-const LARGE: [[usize; 4]; 9] = [
-    [1, 2049, 301, 2063],  // 128 x 128, nothing at a multiple of 16 bytes
-    [1, 2052, 308, 2068],  // the same, all of it
-    [1, 16_500, 96, 516],  // more rows of tiles than fit at once
+const LARGE: [[usize; 4]; 10] = [
+    [1, 2047, 301, 2045],  // 128 x 128, nothing at a multiple of 16 bytes
+    [1, 2036, 308, 2044],  // the same, all of it
+    [1, 16_500, 96, 516],  // more tiles than fit at once
     [1, 50_001, 76, 60],   // 128 x 64
     [1, 60, 75, 50_002],   // 64 x 128
-    [1, 70, 40_001, 90],   // small tiles, many parts of k
-    [1, 516, 20_004, 260], // large ones, many parts
-    [1, 130, 5003, 127],   // parts, and a product of no whole pack
+    [1, 500, 8004, 1000],  // 128 x 128, some parts of k
+    [1, 70, 40_001, 90],   // 128 x 64, many
+    [1, 516, 20_004, 260], // the same, some
+    [1, 130, 5003, 127],   // 64 x 64, parts of no whole pack
     [5, 300, 200, 260],
 ];
 
