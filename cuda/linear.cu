@@ -16,6 +16,7 @@
 // variant: -DUNIT=ushort1 -DSOURCES=2
 // variant: -DUNIT=ushort1 -DSOURCES=3
 // variant: -DUNIT=ushort1 -DSOURCES=4
+// variant: -DUNIT=uint1 -DSOURCES=3
 
 typedef unsigned long long u64;
 typedef unsigned int u32;

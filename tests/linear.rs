@@ -12,7 +12,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use common::{Random, all_pass, download, epsilon, round, targets, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target, guard, run};
+use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
 use fairway::ops::update::Updated;
 use fairway::ops::weight_form::WeightForm;
 use fairway::ops::{ActivationOps, Autodiff, LinearOps, MlpOps, Param, Plain, accumulate_type};
@@ -490,8 +490,8 @@ fn the_squared_mlp_agrees_with_the_host() {
 /// between a block's tiles.
 const PERIOD: usize = 17;
 
-/// Products of bf16 of so many rows that `cuda/matmul_pingpong.cu` takes them (`src/backend/cuda_pingpong.rs`), in all of
-/// its forms, with tails.
+/// Products of so many rows that the kernels for those take them, with tails: of bf16 `cuda/matmul_pingpong.cu`
+/// (`src/backend/cuda_pingpong.rs`) in all of its forms, of f32 `cuda/matmul_exact.cu` in large tiles.
 struct ManyRows;
 
 impl ManyRows {
@@ -519,6 +519,41 @@ impl ManyRows {
         ledger.check("gx", &found[1], &grad_x.repeated(n), &rounded(&grad_x).repeated(n), o);
         for _ in 0..2 {
             assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
+        }
+        ledger.good
+    }
+
+    /// A weight's gradient, a sum over all rows, and what it becomes in place.
+    fn weight<B: Plain>([n, i, o]: [usize; 3], device: &B::Device, target: &Target) -> bool {
+        let (precision, label) = (target.precision, &target.label);
+        let matrix = |rows, columns, seed| Matrix::random(rows, columns, 1.0, precision, seed);
+        let (x, grad_y) = (matrix(PERIOD, i, 5), matrix(PERIOD, o, 6));
+        let param = matrix(o, i, 7).param::<B>("w", device, precision.dtype());
+        let [on_device, grad_on_device] =
+            [&x, &grad_y].map(|m| m.repeated(n).upload::<B>(device, precision.dtype()));
+        let mut counted = x.clone();
+        for (row, x) in counted.at.chunks_mut(i).enumerate() {
+            let count = (n - row).div_ceil(PERIOD) as f64;
+            x.iter_mut().for_each(|x| *x *= count);
+        }
+        let once = grad_y.transposed().times(&counted);
+        let mut ledger = Ledger { target, case: format!("{n}x{i}x{o}"), good: true };
+        let mut found: Option<Vec<Vec<f64>>> = None;
+        for _ in 0..2 {
+            param.clear_grad();
+            let sums: Vec<Vec<f64>> = (0..3)
+                .map(|_| {
+                    poison::<B>(32 * i * o, device, precision.dtype());
+                    B::project_backward(on_device.clone(), &param, grad_on_device.clone());
+                    grad(&param)
+                })
+                .collect();
+            for (sum, times) in sums.iter().zip([1.0, 2.0, 3.0]) {
+                let exact = once.map(|v| v * times);
+                ledger.check("gw", sum, &exact, &exact, 3 * n);
+            }
+            let found = found.get_or_insert_with(|| sums.clone());
+            assert!(*found == sums, "{label} {precision} {}: other bits", ledger.case);
         }
         ledger.good
     }
@@ -582,7 +617,7 @@ impl Job for ManyRows {
     type Output = bool;
 
     fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
-        if target.precision != Precision::Bf16 {
+        if !matches!(target.choice, DeviceChoice::Cuda(_)) {
             println!("skipped: many rows, {} {}: no form of its own", target.label, target.precision);
             return Ok(true);
         }
@@ -601,6 +636,10 @@ impl Job for ManyRows {
         }
         good &= Self::squared::<B>([8265, 264, 1016, 264], &[0.0, 0.5], device, target);
         good &= Self::squared::<B>([5479, 264, 1544, 264], &[0.0], device, target);
+        if target.precision == Precision::F32 {
+            good &= Self::weight::<B>([8219, 1000, 500], device, target);
+            good &= Self::weight::<B>([8201, 33, 65], device, target);
+        }
         Ok(good)
     }
 }

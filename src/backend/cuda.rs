@@ -4,7 +4,7 @@ use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
 use super::matmul::matmul;
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
-use super::{cuda_matmul, guard, kernel_cache, matmul_exact};
+use super::{cuda_matmul, cuda_matmul_exact, guard, kernel_cache};
 use crate::error::Result;
 use crate::ops::*;
 use burn::tensor::{DType, Tensor};
@@ -61,7 +61,34 @@ pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, 
     if cuda_matmul::takes(a, b, c) {
         cuda_matmul::product(a, b, c);
     } else {
-        matmul_exact::cuda(a, b, c);
+        cuda_matmul_exact::product(a, b, c);
+    }
+}
+
+/// [`product`] with an epilogue.
+pub(super) fn product_with(
+    a: &CubeTensor<CudaRuntime>,
+    b: &CubeTensor<CudaRuntime>,
+    c: &CubeTensor<CudaRuntime>,
+    epilogue: cuda_matmul::Epilogue,
+) {
+    if cuda_matmul::takes(a, b, c) {
+        cuda_matmul::product_with(a, b, c, epilogue);
+    } else {
+        cuda_matmul_exact::product_with(a, b, c, epilogue);
+    }
+}
+
+/// `c += a b`, in place: an f32 `c`.
+pub(super) fn product_added(
+    a: &CubeTensor<CudaRuntime>,
+    b: &CubeTensor<CudaRuntime>,
+    c: &CubeTensor<CudaRuntime>,
+) {
+    if cuda_matmul::takes(a, b, c) {
+        cuda_matmul::product_added(a, b, c);
+    } else {
+        cuda_matmul_exact::product_added(a, b, c);
     }
 }
 

@@ -4,8 +4,7 @@
 //! gradients for a group of some chunks, in the activations' type, and then multiplies these by the head and the hidden
 //! rows: products of full length. No tensor has more than [`GRADIENTS`] elements of logits.
 
-use super::cuda::{Cuda, product};
-use super::cuda_matmul;
+use super::cuda::{Cuda, product, product_added};
 use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
 use super::source::Source;
 use super::tensor::{dense, dense_int, empty, load_width, tensor};
@@ -156,20 +155,14 @@ impl Head {
         let sizes = [self.vocab, self.columns];
         match before {
             // This call's own, which nothing else holds.
-            Some(sum) if cuda_matmul::takes(&a, &b, &sum) => {
-                cuda_matmul::product_added(&a, &b, &sum);
+            Some(sum) => {
+                product_added(&a, &b, &sum);
                 sum
             }
-            before => {
+            None => {
                 let part = empty(&self.h, sizes, DType::F32);
                 product(&a, &b, &part);
-                match before {
-                    Some(before) => {
-                        let sum: Tensor<Cuda, 2> = tensor(before);
-                        dense(sum + tensor(part))
-                    }
-                    None => part,
-                }
+                part
             }
         }
     }

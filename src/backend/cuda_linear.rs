@@ -1,8 +1,8 @@
 //! Linear layers on CUDA: weight gradients added in place, several projections of one input as one product, and the
 //! squared MLP with its activation in the products' epilogues.
 
-use super::cuda::Cuda;
-use super::cuda_matmul::{Epilogue, product, product_added, product_with, takes_factor};
+use super::cuda::{Cuda, product, product_added, product_with};
+use super::cuda_matmul::Epilogue;
 use super::launch_cuda::{Arguments, CudaKernel, launch_strided};
 use super::source::Source;
 use super::tensor::{LOAD_BYTES, empty, primitive, tensor};
@@ -28,7 +28,7 @@ impl LinearOps for Cuda {
         let weight = primitive(w.compute::<2>());
         accumulate(w, &x, &grad);
         let grad_x = empty(&x, sizes(&x), x.dtype);
-        any_product(&grad, &weight, &grad_x);
+        product(&grad, &weight, &grad_x);
         tensor(grad_x)
     }
 
@@ -88,7 +88,7 @@ impl MlpOps for Cuda {
         slope: f64,
     ) -> (Tensor<Self, 2>, Hidden<Self>) {
         let rows = primitive(x.clone());
-        if !takes_factor(&rows) {
+        if !fuses(&rows) {
             return mlp::forward(x, inner, last, slope);
         }
         let weight = transposed(&primitive(inner.compute::<2>()));
@@ -112,7 +112,7 @@ impl MlpOps for Cuda {
         slope: f64,
         grad: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
-        if !takes_factor(&primitive(x.clone())) {
+        if !fuses(&primitive(x.clone())) {
             return mlp::backward(x, hidden, inner, last, slope, grad);
         }
         let grad = matching(grad, x.dtype());
@@ -143,9 +143,9 @@ fn transposed(x: &Matrix) -> Matrix {
     CubeTensor { meta: Box::new(Metadata::new([columns, rows], strides)), ..x.clone() }
 }
 
-/// `c = a b` of any type.
-fn any_product(a: &Matrix, b: &Matrix, c: &Matrix) {
-    super::cuda::product(a, b, c);
+/// Whether products with this factor have epilogues, and sums in place.
+fn fuses(x: &Matrix) -> bool {
+    matches!(x.dtype, DType::BF16 | DType::F32) && x.meta.shape().iter().all(|size| *size > 0)
 }
 
 /// Adds `grad^T x` to a weight's gradient: in place, where there is one that nobody else holds.
@@ -160,13 +160,13 @@ fn added(sum: Option<Matrix>, x: &Matrix, grad: &Matrix) -> Matrix {
     let grad = transposed(grad);
     let shape = [sizes(&grad)[0], sizes(x)[1]];
     match sum {
-        Some(sum) if takes_factor(x) && is_addable(&sum) => {
+        Some(sum) if fuses(x) && is_addable(&sum) => {
             product_added(&grad, x, &sum);
             sum
         }
         sum => {
             let fresh = empty(x, shape, DType::F32);
-            any_product(&grad, x, &fresh);
+            product(&grad, x, &fresh);
             match sum {
                 Some(sum) => Cuda::float_add(sum, fresh),
                 None => fresh,
@@ -207,12 +207,11 @@ fn accumulate_all<const N: usize>(weights: [&Param<Cuda>; N], x: &Matrix, grad: 
     });
 }
 
-/// Whether projections of `x` by these weights are one product: on the tensor cores, each part of it at a whole number of
-/// loads.
+/// Whether projections of `x` by these weights are one product: each part of it at a whole number of loads.
 pub(super) fn joins<const N: usize>(x: &Matrix, weights: &[&Param<Cuda>; N]) -> bool {
     let distinct = (1..N).all(|i| weights[..i].iter().all(|other| !weights[i].is(other)));
     let aligned = weights.iter().all(|w| (w.shape()[0] * x.elem_size()).is_multiple_of(LOAD_BYTES));
-    (2..=MOST_SOURCES).contains(&N) && distinct && aligned && takes_factor(x)
+    (2..=MOST_SOURCES).contains(&N) && distinct && aligned && fuses(x)
 }
 
 /// The weights one under the other, `[sum o, i]`: made once for each new value of one of them.
@@ -271,8 +270,12 @@ fn pack<const N: usize>(parts: &[(Option<Matrix>, usize); N]) -> Matrix {
         };
         whole(*width) && part.as_ref().is_none_or(placed)
     });
-    assert_eq!(size, 2, "matrices of bf16");
-    let (unit, each) = if aligned { ("uint4", LOAD_BYTES / size) } else { ("ushort1", 1) };
+    let (unit, each) = match size {
+        _ if aligned => ("uint4", LOAD_BYTES / size),
+        2 => ("ushort1", 1),
+        4 => ("uint1", 1),
+        _ => panic!("matrices of {:?} to pack", like.dtype),
+    };
     let units = rows * width / each;
     assert!(units < 1 << 32, "a packed matrix of fewer than 2^32 units");
     let mut scalars = vec![rows as u64, (width / each) as u64];

@@ -39,7 +39,7 @@ pub(super) enum Epilogue<'a> {
 
 impl<'a> Epilogue<'a> {
     /// Its number in the kernel, its slope if it has one, and the tensor beside the product if there is one.
-    fn parts(self) -> (u8, Option<f64>, Option<&'a CubeTensor<CudaRuntime>>) {
+    pub(super) fn parts(self) -> (u8, Option<f64>, Option<&'a CubeTensor<CudaRuntime>>) {
         match self {
             Self::None => (0, None, None),
             Self::Squared => (1, None, None),
@@ -192,13 +192,6 @@ pub(super) fn takes(
         && c_sizes.iter().chain(&a_sizes).all(|size| *size > 0)
 }
 
-/// Whether a product with this factor is the kernel's (if the other and the output suit it, [`takes`]).
-pub(super) fn takes_factor(x: &CubeTensor<CudaRuntime>) -> bool {
-    x.dtype == DType::BF16
-        && probe_cuda::is_hopper(x.device.index)
-        && x.meta.shape().iter().all(|size| *size > 0)
-}
-
 /// `c = a b` over the last two sizes, into a dense `c`.
 pub(super) fn product(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
     multiply(a, b, c, Epilogue::None, false);
@@ -301,7 +294,7 @@ fn kernel(width: usize, mut constants: Vec<(&'static str, String)>) -> CudaKerne
 }
 
 /// Adds the parts of a product in order, to what `c` holds if so asked.
-fn sum_parts(
+pub(super) fn sum_parts(
     parts: &CubeTensor<CudaRuntime>,
     c: &CubeTensor<CudaRuntime>,
     [elements, z, count]: [usize; 3],

@@ -1,34 +1,31 @@
-//! Matrix products without tensor cores, on both GPU backends: how `wgsl/matmul.wgsl` and `cuda/matmul_exact.cu` are
-//! launched. The factors are read by their strides: transposed and expanded ones need no copy.
+//! Matrix products without tensor cores, on both GPU backends: how their factors lie, and how `wgsl/matmul.wgsl` is
+//! launched (`cuda/matmul_exact.cu`: [`super::cuda_matmul_exact`]). The factors are read by their strides: transposed
+//! and expanded ones need no copy.
 
+use super::launch_wgsl;
 use super::source::Source;
-use super::{launch_cuda, launch_wgsl};
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::cuda::CudaRuntime;
 use cubecl::wgpu::WgpuRuntime;
 
 /// `wgsl/matmul.wgsl`.
 static WGSL: Source = Source::new("matmul.wgsl", include_str!("../../wgsl/matmul.wgsl"));
 
-/// `cuda/matmul_exact.cu`.
-static CUDA: Source = Source::new("matmul_exact.cu", include_str!("../../cuda/matmul_exact.cu"));
-
-/// Rows and columns of a block's tile.
+/// Rows and columns of a workgroup's tile.
 const TILE: usize = 64;
 
 /// The sizes of a product, and the strides of its factors in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
-    z: usize,
-    m: usize,
-    n: usize,
-    k: usize,
+pub(super) struct Layout {
+    pub(super) z: usize,
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
     /// Along z, m and k.
-    a: [usize; 3],
+    pub(super) a: [usize; 3],
     /// Along z, k and n.
-    b: [usize; 3],
+    pub(super) b: [usize; 3],
 }
 
 impl Layout {
@@ -84,7 +81,7 @@ fn layout<R: CubeRuntime>(a: &CubeTensor<R>, b: &CubeTensor<R>, c: &CubeTensor<R
 }
 
 /// The factors and their layout, copied where they must be.
-fn prepared<R: CubeRuntime>(
+pub(super) fn prepared<R: CubeRuntime>(
     a: &CubeTensor<R>,
     b: &CubeTensor<R>,
     c: &CubeTensor<R>,
@@ -123,33 +120,6 @@ pub(super) fn wgsl_variant(a_k_fast: bool, b_k_fast: bool) -> launch_wgsl::WgslK
         workgroup: 256,
         constants: vec![("a_place", place(a_k_fast)), ("b_place", place(b_k_fast))],
     }
-}
-
-/// `c = a b` over the last two sizes, bf16 or f32 factors multiplied in f32, into a dense `c` of bf16 or f32.
-pub(super) fn cuda(a: &CubeTensor<CudaRuntime>, b: &CubeTensor<CudaRuntime>, c: &CubeTensor<CudaRuntime>) {
-    let (a, b, layout) = prepared(a, b, c);
-    let Layout { m, n, k, a: of_a, b: of_b, .. } = layout;
-    let element = |x: &CubeTensor<CudaRuntime>| match x.dtype {
-        DType::BF16 => "__nv_bfloat16".to_string(),
-        DType::F32 => "float".to_string(),
-        other => panic!("a product of {other:?}"),
-    };
-    let fast = |on: bool| u8::from(on).to_string();
-    let kernel = launch_cuda::CudaKernel {
-        source: &CUDA,
-        entry: "matmul_exact",
-        constants: vec![
-            ("IN", element(&a)),
-            ("OUT", element(c)),
-            ("A_K_FAST", fast(of_a[2] == 1)),
-            ("B_K_FAST", fast(of_b[1] == 1)),
-        ],
-        block: 256,
-        shared_bytes: 0,
-    };
-    let scalars = [m, n, k, of_a[0], of_a[1], of_a[2], of_b[0], of_b[1], of_b[2]].map(|size| size as u64);
-    let arguments = launch_cuda::Arguments { buffers: &[&a, &b, c], scalars: &scalars, ..Default::default() };
-    launch_cuda::launch_strided(kernel, [layout.tiles() as u32, 1, 1], arguments);
 }
 
 #[cfg(test)]

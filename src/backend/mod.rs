@@ -17,6 +17,7 @@ mod cuda_cross_entropy;
 mod cuda_embedding;
 mod cuda_linear;
 mod cuda_matmul;
+mod cuda_matmul_exact;
 mod cuda_newton_schulz;
 mod cuda_normed_attention;
 mod cuda_pingpong;
