@@ -31,15 +31,8 @@ const SHAPES: [[usize; 3]; 12] = [
 
 /// The same where the device is fast: several tiles of 128 a side, the last full, partly filled or less than half; long
 /// sums, and short ones.
-const LARGE: [[usize; 3]; 7] = [
-    [2, 384, 384],
-    [3, 264, 520],
-    [3, 520, 264],
-    [1, 136, 1000],
-    [2, 8, 200],
-    [2, 200, 8],
-    [1, 328, 320],
-];
+const LARGE: [[usize; 3]; 7] =
+    [[2, 384, 384], [3, 264, 520], [3, 520, 264], [1, 136, 1000], [2, 8, 200], [2, 200, 8], [1, 328, 320]];
 
 /// Matrices of different magnitudes, the third of zeros.
 fn matrices([n, rows, columns]: [usize; 3], precision: Precision, seed: u64) -> Vec<f64> {

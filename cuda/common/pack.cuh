@@ -24,10 +24,11 @@ struct Floats {
     float at[WIDTH];
 };
 
-// The elements from `start` (a multiple of WIDTH) of a row of `length`; past its end, zeros.
-template <typename T> __device__ __forceinline__ Floats load(const T *row, u64 start, u64 length) {
+// The elements from `start` (a multiple of WIDTH) of a row of `length`; past its end, zeros. WHOLE: it is known that none
+// lies past it.
+template <bool WHOLE = false, typename T> __device__ __forceinline__ Floats load(const T *row, u64 start, u64 length) {
     Floats x;
-    if (start + WIDTH <= length) {
+    if (WHOLE || start + WIDTH <= length) {
         const Pack<T> pack = *reinterpret_cast<const Pack<T> *>(row + start);
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) x.at[j] = to_float(pack.values[j]);
@@ -39,8 +40,9 @@ template <typename T> __device__ __forceinline__ Floats load(const T *row, u64 s
 }
 
 // Nothing is written past the row's end.
-template <typename T> __device__ __forceinline__ void store(T *row, u64 start, u64 length, const Floats &x) {
-    if (start + WIDTH <= length) {
+template <bool WHOLE = false, typename T>
+__device__ __forceinline__ void store(T *row, u64 start, u64 length, const Floats &x) {
+    if (WHOLE || start + WIDTH <= length) {
         Pack<T> pack;
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) from_float(pack.values[j], x.at[j]);
