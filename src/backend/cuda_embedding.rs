@@ -25,6 +25,9 @@ const PART: usize = 64;
 const SPLITS: usize = 4;
 const FETCH: usize = 4;
 
+/// Shared memory that is left to what the kernels have beside their counts.
+const BESIDE: usize = 1024;
+
 /// The most tokens of a tile: its counts have 16 bits.
 const MOST_OF_TILE: usize = 32 * 1024;
 
@@ -52,9 +55,8 @@ impl EmbeddingOps for Cuda {
             return;
         }
         let sizes = Sizes { tokens, vocab, columns };
-        let rows = primitive(grad.clone());
-        // What a block may have, less what the kernels have beside their counts.
-        let shared = rows.client.properties().hardware.max_shared_memory_size - 1024;
+        let most = primitive(grad.clone()).client.properties().hardware.max_shared_memory_size;
+        let shared = most - BESIDE;
         let fits = takes(&ids, columns) && vocab > 0 && sizes.places() <= shared && vocab * columns < 1 << 31;
         let (Some(element), true) = (element(grad.dtype()), fits) else {
             return embedding::backward(ids, w, grad);
@@ -63,29 +65,40 @@ impl EmbeddingOps for Cuda {
         let (ids, grad) = (dense_int(ids), dense(grad));
         let (starts, order) = sorted(&ids, &sizes, shared);
         w.update_grad(|sum| {
-            let held = sum.map(primitive);
             // In place where nobody else holds it.
-            let (to, other) = match held {
+            let (own, other) = match sum.map(primitive) {
                 Some(sum) if is_addable(&sum) => (Some(sum), None),
                 other => (None, other),
             };
-            let added = to.is_some();
-            let grad_w = to.unwrap_or_else(|| empty(&grad, [vocab * columns], DType::F32));
-            let form = Form { element, width: load_width(&[&grad], columns) };
-            let parts = tokens.div_ceil(PART);
-            let edges = empty(&grad, [2 * parts, columns], DType::F32);
-            let blocks = (parts * (columns / form.width)).div_ceil(THREADS);
-            let add = Some(("ADD", usize::from(added)));
-            let buffers = [&order, &starts, &grad, &grad_w, &edges];
-            form.launch("embedding_sums", [blocks, 1], THREADS, add, &buffers, &sizes);
-            let blocks = (vocab * (columns / form.width)).div_ceil(32);
-            form.launch("embedding_join", [blocks, 1], 32 * SPLITS, add, &[&starts, &edges, &grad_w], &sizes);
+            let sums: Tensor<Self, 1> = tensor(summed(&starts, &order, &grad, own, element, &sizes));
             match other {
-                Some(other) => tensor::<_, _, _, _, 1>(other) + tensor(grad_w),
-                None => tensor(grad_w),
+                Some(other) => tensor::<_, _, _, _, 1>(other) + sums,
+                None => sums,
             }
         });
     }
+}
+
+/// The sums of each id's rows, added into `to` if it is there: `[vocab * columns]`.
+fn summed(
+    starts: &Buffer,
+    order: &Buffer,
+    grad: &Buffer,
+    to: Option<Buffer>,
+    element: &'static str,
+    sizes: &Sizes,
+) -> Buffer {
+    let Sizes { tokens, vocab, columns } = *sizes;
+    let add = Some(("ADD", usize::from(to.is_some())));
+    let to = to.unwrap_or_else(|| empty(grad, [vocab * columns], DType::F32));
+    let form = Form { element, width: load_width(&[grad], columns) };
+    let (packs, parts) = (columns / form.width, tokens.div_ceil(PART));
+    let edges = empty(grad, [2 * parts, columns], DType::F32);
+    let blocks = (parts * packs).div_ceil(THREADS);
+    form.launch("embedding_sums", [blocks, 1], THREADS, add, &[order, starts, grad, &to, &edges], sizes);
+    let blocks = (vocab * packs).div_ceil(32);
+    form.launch("embedding_join", [blocks, 1], 32 * SPLITS, add, &[starts, &edges, &to], sizes);
+    to
 }
 
 /// The tokens by their ids: the number of tokens of smaller ids for each id, and `(token, id)` in that order.
