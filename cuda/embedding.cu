@@ -6,47 +6,55 @@
 // The backward sorts the tokens by id, those of one id staying in order, and adds up the sorted rows. Entries:
 //   embedding_forward  the rows of the table
 //   embedding_count    for each tile of tokens: ranks[n], how many of the tile's tokens before n have its id;
-//                      counts[tile, v], and wide[tile, v / 256] the same over 256 ids
-//   embedding_starts   counts[tile, v] becomes the number of tokens of v before the tile; starts[v], the number of
-//                      tokens of ids below v; starts[vocab], of all
-//   embedding_order    order[place] = (n, id): tokens of id v at places starts[v] to starts[v + 1], n ascending
+//                      counts[tile, v], how many of all
+//   embedding_order    starts[v], the number of tokens of ids below v; starts[vocab], of all; and order[place] = (n, id):
+//                      tokens of id v at places starts[v] to starts[v + 1], n ascending
 //   embedding_sums     each PART places of the order, summed id by id: ids that lie within one part go to gw. Where an
 //                      id goes on from the part before, or only into the next, the sum goes to edges[part, 0 or 1]
 //   embedding_join     the sums of ids that lie in several parts, by part; zeros for ids that no token has
 //
 // Layout: w, y and gy are dense row-major [vocab, c], [n, c] and [n, c] of ELEMENT, gw is [vocab, c] and edges
-// [parts, 2, c] of f32. WIDTH divides c, and rows start at multiples of WIDTH elements' bytes. ids are i32.
-// Grid: one dimension. count: a block of 1024 threads a tile of `tile` tokens, with vocab words of shared memory;
-// starts: a block of 256 a 256 ids; the others: 256 threads a block, a thread taking FETCH packs of WIDTH elements of y;
-// a token; a pack of a part; a pack of an id.
-// Invariants: every element of y and gw is written exactly once. The parts have a fixed length, so that an id that is
-// a large share of all tokens is no longer work than others. A token with an id outside the table gets NaN, and its
-// gradient is left out.
-// Numerics: f32. The order of every sum follows from the ids alone: tokens ascending within a part, then parts
-// ascending. No atomics: equal bits every time.
+// [parts, 2, c] of f32. WIDTH divides c, and rows start at multiples of WIDTH elements' bytes. ids are i32. counts has
+// two ids a word, the first in the lower half: a tile has 32,768 tokens at most.
+// Grid: forward: 256 threads, each FETCH packs of WIDTH elements of y. count: a block of 1024 threads a tile of `tile`
+// tokens, COUNTING warps of which count a share of it each, in shared memory of COUNTING ceil(vocab / 2) words. order:
+// block (x, y) of 1024 threads takes the x-th `span` tokens of tile y, with 2 ceil(vocab / 2) words. sums: 256 threads,
+// each a pack of a part. join: 128 threads, 32 packs of ids by SPLITS warps that share the parts of each.
+// Invariants: every element of y is written exactly once, and so is every one of gw, or added to where ADD is 1 (in sums
+// or join: what is zero is then left alone). The parts have a fixed length, so that an id that is a large share of all
+// tokens is no longer work than others. A token with an id outside the table gets NaN, and its gradient is left out.
+// Numerics: f32. The order of every sum follows from the ids alone: tokens ascending within a part; of the parts every
+// SPLITS-th, ascending, then these sums; what gw holds before is added to the whole. No atomics: equal bits every time.
 //
 // The launcher (src/backend/cuda_embedding.rs) defines the constants; these are the forms that the compile check tries:
 // variant: -DELEMENT=__nv_bfloat16 -DWIDTH=8
-// variant: -DELEMENT=__nv_bfloat16 -DWIDTH=1
-// variant: -DELEMENT=float -DWIDTH=4
-// variant: -DELEMENT=float -DWIDTH=1
+// variant: -DELEMENT=__nv_bfloat16 -DWIDTH=8 -DADD=0
+// variant: -DELEMENT=__nv_bfloat16 -DWIDTH=8 -DADD=1
+// variant: -DELEMENT=__nv_bfloat16 -DWIDTH=1 -DADD=0
+// variant: -DELEMENT=float -DWIDTH=4 -DADD=1
+// variant: -DELEMENT=float -DWIDTH=4 -DCOUNTING=32
+// variant: -DELEMENT=float -DWIDTH=4 -DCOUNTING=1
+// variant: -DELEMENT=float -DWIDTH=1 -DADD=1
 
 #include <cuda_bf16.h>
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
+typedef unsigned short u16;
 
 #define THREADS 256
-#define COUNTERS 1024 // threads that count a tile
-#define BIN 256       // ids of an element of `wide`
-#define PART 64       // places of the order that are summed together
-#define BATCH 8       // loads in flight a thread
-#define FETCH 4       // packs of a thread of the forward
+#define SORTERS 1024 // threads of a block that sorts
+#define PART 64      // places of the order that are summed together
+#define SPLITS 4     // warps that join the parts of an id
+#define BATCH 8      // loads in flight a thread
+#define FETCH 4      // packs of a thread of the forward
+#define ROUNDS 4     // of 32 tokens that a warp counts, their ids in flight
 #define ALL 0xffffffffu
 
 struct Scalars {
     u64 tokens, vocab, columns;
     u64 tile, tiles; // tokens of a tile, and how many tiles
+    u64 span;        // tokens of a block of embedding_order
 };
 
 struct alignas(sizeof(ELEMENT) * WIDTH) Pack {
@@ -92,52 +100,70 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(COUNTERS)
+#ifdef COUNTING
+extern "C" __global__ void __launch_bounds__(SORTERS)
     embedding_count(const int *__restrict__ ids, u32 *__restrict__ ranks, u32 *__restrict__ counts,
-                    u32 *__restrict__ wide, const __grid_constant__ Scalars s) {
-    extern __shared__ u32 seen[];
+                    const __grid_constant__ Scalars s) {
+    extern __shared__ u32 seen[]; // by each counting warp, two ids a word
+    const u32 vocab = (u32)s.vocab, pairs = (vocab + 1) / 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 vocab = (u32)s.vocab, bins = (vocab + BIN - 1) / BIN;
-    for (u32 v = threadIdx.x; v < vocab; v += COUNTERS) seen[v] = 0;
+    for (u32 i = threadIdx.x; i < COUNTING * pairs; i += SORTERS) seen[i] = 0;
     __syncthreads();
-    const u64 first = blockIdx.x * s.tile, last = min(first + s.tile, s.tokens);
-    for (u64 start = first; start < last; start += COUNTERS) {
-        const u64 token = start + threadIdx.x;
-        const int id = token < last ? ids[token] : -1;
-        const bool counts_in = (u32)id < vocab;
-        const u32 same = __match_any_sync(ALL, id);
-        const int leader = __ffs(same) - 1;
-        u32 rank = __popc(same & ((1u << lane) - 1));
-        // The warps one after the other, as the tokens are.
-        for (int turn = 0; turn < COUNTERS / 32; turn++) {
-            if (turn == warp) {
-                u32 before = 0;
-                if (counts_in && lane == leader) {
-                    before = seen[id];
-                    seen[id] = before + __popc(same);
-                }
-                rank += __shfl_sync(ALL, before, leader);
-            }
-            __syncthreads();
+    u16 *own = reinterpret_cast<u16 *>(seen + warp * pairs);
+    const u64 share = s.tile / COUNTING; // a multiple of 32
+    const u64 first = min(blockIdx.x * s.tile + warp * share, s.tokens);
+    const u64 last = warp < COUNTING ? min(first + share, s.tokens) : first;
+    for (u64 start = first; start < last; start += 32 * ROUNDS) {
+        int some[ROUNDS];
+#pragma unroll
+        for (int k = 0; k < ROUNDS; k++) {
+            const u64 token = start + k * 32 + lane;
+            some[k] = token < last ? ids[token] : -1;
         }
-        if (counts_in) ranks[token] = rank;
+#pragma unroll
+        for (int k = 0; k < ROUNDS; k++) {
+            const int id = some[k];
+            const bool counts_in = (u32)id < vocab;
+            const u32 same = __match_any_sync(ALL, id);
+            const int leader = __ffs(same) - 1;
+            u32 before = 0;
+            if (counts_in && lane == leader) {
+                before = own[id];
+                own[id] = (u16)(before + __popc(same));
+            }
+            const u32 rank = __shfl_sync(ALL, before, leader) + __popc(same & ((1u << lane) - 1));
+            if (counts_in) ranks[start + k * 32 + lane] = rank;
+            __syncwarp();
+        }
     }
-    for (u32 v = threadIdx.x; v < vocab; v += COUNTERS) counts[(u64)blockIdx.x * vocab + v] = seen[v];
-    for (u32 bin = warp; bin < bins; bin += COUNTERS / 32) {
+    __syncthreads();
+    // What each warp has counted becomes what the warps before it have; halves of a word do not carry.
+    for (u32 i = threadIdx.x; i < pairs; i += SORTERS) {
         u32 sum = 0;
 #pragma unroll
-        for (int k = 0; k < BIN / 32; k++) {
-            const u32 v = bin * BIN + k * 32 + lane;
-            sum += v < vocab ? seen[v] : 0;
+        for (int start = 0; start < COUNTING; start += BATCH) {
+            u32 some[BATCH];
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) some[k] = start + k < COUNTING ? seen[(start + k) * pairs + i] : 0;
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) {
+                if (start + k < COUNTING) seen[(start + k) * pairs + i] = sum;
+                sum += some[k];
+            }
         }
-        sum = __reduce_add_sync(ALL, sum);
-        if (lane == 0) wide[(u64)blockIdx.x * bins + bin] = sum;
+        counts[(u64)blockIdx.x * pairs + i] = sum;
+    }
+    __syncthreads();
+    for (u64 token = first + lane; token < last && warp > 0; token += 32) {
+        const int id = ids[token];
+        if ((u32)id < vocab) ranks[token] += own[id];
     }
 }
+#endif
 
 // The sums of a value per thread over all threads before, and over all; every thread of the block must call it.
 __device__ __forceinline__ u32 sum_before(u32 value, u32 &total) {
-    __shared__ u32 warps[THREADS / 32];
+    __shared__ u32 warps[SORTERS / 32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 sum = value;
 #pragma unroll
@@ -148,58 +174,70 @@ __device__ __forceinline__ u32 sum_before(u32 value, u32 &total) {
     __syncthreads(); // an earlier call's readers are done
     if (lane == 31) warps[warp] = sum;
     __syncthreads();
-    u32 before = 0;
-    total = 0;
-#pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) {
-        before += i < warp ? warps[i] : 0;
-        total += warps[i];
-    }
-    return before + sum - value;
+    const u32 of_lane = warps[lane];
+    total = __reduce_add_sync(ALL, of_lane);
+    return __reduce_add_sync(ALL, lane < warp ? of_lane : 0) + sum - value;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    embedding_starts(u32 *__restrict__ counts, const u32 *__restrict__ wide, u32 *__restrict__ starts,
-                     const __grid_constant__ Scalars s) {
-    static_assert(THREADS == BIN, "a thread an id, a block a bin");
-    const u32 vocab = (u32)s.vocab, bins = (vocab + BIN - 1) / BIN, tiles = (u32)s.tiles;
-    const u32 v = blockIdx.x * BIN + threadIdx.x;
-    u32 below = 0;
-    for (u32 i = threadIdx.x; i < tiles * blockIdx.x; i += THREADS) {
-        const u32 tile = i / blockIdx.x;
-        below += wide[tile * bins + (i - tile * blockIdx.x)];
-    }
-    u32 base, inside;
-    sum_before(below, base);
-    u32 count = 0;
-    if (v < vocab) {
-        for (u32 tile = 0; tile < tiles; tile += 2 * BATCH) {
-            u32 some[2 * BATCH];
+extern "C" __global__ void __launch_bounds__(SORTERS)
+    embedding_order(const int *__restrict__ ids, const u32 *__restrict__ ranks, const u32 *__restrict__ counts,
+                    u32 *__restrict__ starts, int2 *__restrict__ order, const __grid_constant__ Scalars s) {
+    static_assert(SORTERS == 1024, "a warp adds up the warps' sums");
+    extern __shared__ u32 places[]; // of each id's first token in the tile
+    const u32 vocab = (u32)s.vocab, pairs = (vocab + 1) / 2, tiles = (u32)s.tiles, tile = blockIdx.y;
+    const bool tells = blockIdx.x == 0 && tile == 0;
+    const u64 end = min((tile + 1) * s.tile, s.tokens);
+    u64 token = tile * s.tile + blockIdx.x * s.span;
+    const u64 last = min(token + s.span, end);
+    token += threadIdx.x;
+    int id = token < last ? ids[token] : -1;
+    u32 rank = token < last ? ranks[token] : 0;
+    u32 base = 0;
+    for (u32 chunk = 0; chunk < pairs; chunk += SORTERS) {
+        const u32 i = chunk + threadIdx.x;
+        u32 low = 0, high = 0, low_before = 0, high_before = 0; // of the pair's ids: in all tiles, in those before
+        for (u32 start = 0; start < tiles && i < pairs; start += BATCH) {
+            u32 some[BATCH];
 #pragma unroll
-            for (int k = 0; k < 2 * BATCH; k++) {
-                some[k] = tile + k < tiles ? counts[(u64)(tile + k) * vocab + v] : 0;
+            for (int k = 0; k < BATCH; k++) some[k] = start + k < tiles ? counts[(u64)(start + k) * pairs + i] : 0;
+#pragma unroll
+            for (int k = 0; k < BATCH; k++) {
+                if (start + k == tile) {
+                    low_before = low;
+                    high_before = high;
+                }
+                low += some[k] & 0xffff;
+                high += some[k] >> 16;
             }
-#pragma unroll
-            for (int k = 0; k < 2 * BATCH; k++) {
-                if (tile + k < tiles) counts[(u64)(tile + k) * vocab + v] = count;
-                count += some[k];
+        }
+        u32 inside;
+        const u32 start = base + sum_before(low + high, inside);
+        base += inside;
+        if (i < pairs) {
+            places[2 * i] = start + low_before;
+            places[2 * i + 1] = start + low + high_before;
+            if (tells) {
+                starts[2 * i] = start;
+                if (2 * i + 1 < vocab) starts[2 * i + 1] = start + low;
             }
         }
     }
-    const u32 start = base + sum_before(count, inside);
-    if (v < vocab) starts[v] = start;
-    if (v == vocab - 1) starts[vocab] = start + count;
+    if (tells && threadIdx.x == 0) starts[vocab] = base;
+    __syncthreads();
+    while (token < last) {
+        if ((u32)id < vocab) order[places[id] + rank] = make_int2((int)token, id);
+        token += SORTERS;
+        if (token < last) {
+            id = ids[token];
+            rank = ranks[token];
+        }
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    embedding_order(const int *__restrict__ ids, const u32 *__restrict__ ranks, const u32 *__restrict__ counts,
-                    const u32 *__restrict__ starts, int2 *__restrict__ order, const __grid_constant__ Scalars s) {
-    const u64 token = (u64)blockIdx.x * THREADS + threadIdx.x;
-    if (token >= s.tokens) return;
-    const int id = ids[token];
-    if ((u32)id >= s.vocab) return;
-    const u32 tile = (u32)token / (u32)s.tile;
-    order[starts[id] + counts[(u64)tile * s.vocab + id] + ranks[token]] = make_int2((int)token, id);
+#ifdef ADD
+__device__ __forceinline__ void put(Sums *to, Sums sums) {
+    if (ADD) add(sums, *to);
+    *to = sums;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -216,18 +254,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int id = order[first].y;
     bool continued = first > 0 && order[first - 1].y == id;
     Sums sums = {};
+    int2 tokens[BATCH], next[BATCH];
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) next[k] = order[min(first + k, last - 1)];
     for (u32 start = first; start < last; start += BATCH) {
-        int2 tokens[BATCH];
         Pack some[BATCH];
 #pragma unroll
-        for (int k = 0; k < BATCH; k++) tokens[k] = order[min(start + k, last - 1)];
+        for (int k = 0; k < BATCH; k++) {
+            tokens[k] = next[k];
+            some[k] = rows[(u64)tokens[k].x * packs];
+        }
 #pragma unroll
-        for (int k = 0; k < BATCH; k++) some[k] = rows[(u64)tokens[k].x * packs];
+        for (int k = 0; k < BATCH; k++) next[k] = order[min(start + BATCH + k, last - 1)];
 #pragma unroll
         for (int k = 0; k < BATCH; k++) {
             if (start + k >= last) break;
             if (tokens[k].y != id) {
-                *(continued ? to_edge : to_id + (u64)id * packs) = sums;
+                if (continued) {
+                    *to_edge = sums;
+                } else {
+                    put(to_id + (u64)id * packs, sums);
+                }
                 sums = {};
                 id = tokens[k].y;
                 continued = false;
@@ -238,33 +285,48 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool goes_on = last < total && order[last].y == id;
     if (continued) {
         *to_edge = sums;
+    } else if (goes_on) {
+        to_edge[packs] = sums;
     } else {
-        *(goes_on ? to_edge + packs : to_id + (u64)id * packs) = sums;
+        put(to_id + (u64)id * packs, sums);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(32 * SPLITS)
     embedding_join(const u32 *__restrict__ starts, const float *__restrict__ edges, float *__restrict__ gw,
                    const __grid_constant__ Scalars s) {
-    const u32 packs = (u32)(s.columns / WIDTH), at = blockIdx.x * THREADS + threadIdx.x;
-    const u32 id = at / packs, pack = at - id * packs;
-    if (id >= s.vocab) return;
-    const u32 start = starts[id], end = starts[id + 1];
+    __shared__ Sums splits[SPLITS - 1][32];
+    const u32 packs = (u32)(s.columns / WIDTH), split = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 at = blockIdx.x * 32 + lane, id = at / packs, pack = at - id * packs;
+    const u32 start = id < s.vocab ? starts[id] : 0, end = id < s.vocab ? starts[id + 1] : 0;
+    const u32 first = start / PART, last = start < end ? (end - 1) / PART : first;
     Sums sums = {};
-    if (start < end) {
-        const u32 first = start / PART, last = (end - 1) / PART;
-        if (first == last) return; // embedding_sums has written it
+    if (first < last) {
         const Sums *from = reinterpret_cast<const Sums *>(edges) + pack;
-        sums = from[((u64)first * 2 + 1) * packs];
-        for (u32 part = first + 1; part <= last; part += BATCH) {
+        for (u32 part = first + split; part <= last; part += SPLITS * BATCH) {
             Sums some[BATCH];
 #pragma unroll
-            for (int k = 0; k < BATCH; k++) some[k] = from[(u64)min(part + k, last) * 2 * packs];
+            for (int k = 0; k < BATCH; k++) {
+                const u32 other = min(part + k * SPLITS, last);
+                some[k] = from[((u64)other * 2 + (other == first)) * packs];
+            }
 #pragma unroll
             for (int k = 0; k < BATCH; k++) {
-                if (part + k <= last) add(sums, some[k]);
+                if (part + k * SPLITS <= last) add(sums, some[k]);
             }
         }
     }
-    reinterpret_cast<Sums *>(gw)[(u64)id * packs + pack] = sums;
+    if (split > 0) splits[split - 1][lane] = sums;
+    __syncthreads();
+    // Where an id lies within one part, embedding_sums has written it.
+    if (split > 0 || id >= s.vocab || (start < end && first == last)) return;
+    Sums *to = reinterpret_cast<Sums *>(gw) + at;
+    if (start < end) {
+#pragma unroll
+        for (int k = 0; k < SPLITS - 1; k++) add(sums, splits[k][lane]);
+        put(to, sums);
+    } else if (!ADD) {
+        *to = {};
+    }
 }
+#endif

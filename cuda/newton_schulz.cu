@@ -1,5 +1,6 @@
-// The elementwise steps of Newton-Schulz's iteration on n matrices at once (src/ops/newton_schulz.rs); its products are
-// cuda/matmul.cu's.
+// The elementwise steps of Newton-Schulz's iteration on n matrices at once (src/ops/newton_schulz.rs). Its products are
+// newton_schulz_product.cu's, which takes `scale` and `combine` into them, or for types and shapes that it does not take
+// those of any other product.
 //
 //   newton_schulz_squares    sums[z, p] = sum of round(x)^2 over the p-th part of x[z]
 //   newton_schulz_normalise  y[z] = round(x[z]) / (sqrt(sum over p of sums[z, p]) + eps)

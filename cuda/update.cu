@@ -16,27 +16,27 @@
 // launch being its rows from `start` on. WIDTH > 1: every tensor, and every row of u, starts at a multiple of WIDTH
 // elements.
 // Parameters: what all tensors share, then the pointers of tensor 0, of tensor 1, ..., then the scalars. TENSORS is
-// EACH(0)EACH(1)...EACH(COUNT - 1); EACH is defined as what is to be written for each: parameters, then cases. With
-// 4,096 bytes of parameters, COUNT is 24 (ADAM), 48 (MOMENTUM, ORTHOGONAL, BLEND) or 96 (SQUARES) at most.
-// Grid: 256 threads. ADAM, BLEND: a block takes 256 WIDTH elements of one tensor, SQUARES: 256 * 32; tensor i has the
-// blocks from slots[i].first on. MOMENTUM, ORTHOGONAL: block (x, y) takes 256 WIDTH elements of tensor y. CLIP: one
-// block of 1024 threads.
+// EACH(0)EACH(1)...EACH(COUNT - 1); EACH is defined as what is to be written for each: parameters, then cases. With more
+// than 4,096 bytes of them (34 tensors of ADAM), CUDA 12.1 or later is wanted.
+// Grid: 256 threads. A block takes PACKS times 256 packs of WIDTH elements of one tensor (SQUARES: 256 * 32 elements), a
+// thread every 256th pack, all loads before the first use. ADAM, SQUARES, BLEND: tensor i has the blocks from
+// slots[i].first on. MOMENTUM, ORTHOGONAL: block (x, y) is the x-th of tensor y. CLIP: one block of 1024 threads.
 // Invariants: each element of each output is written exactly once, from what is in the inputs before the launch.
 // Numerics: f32, each operation rounded as it stands above, so that the bits are those of the reference in f32. Sums
 // in a fixed order: a thread's elements, the block's threads by butterfly, its warps in order, the blocks by CLIP.
 //
 // The launcher (src/backend/cuda_update.rs) defines the constants; these are the forms that the compile check tries:
-// variant: -DPART=ADAM -DWIDTH=4 -DCOUNT=3 -DTENSORS=EACH(0)EACH(1)EACH(2)
-// variant: -DPART=ADAM -DWIDTH=1 -DCOUNT=1 -DTENSORS=EACH(0)
-// variant: -DPART=MOMENTUM -DELEMENT=__nv_bfloat16 -DWIDTH=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
-// variant: -DPART=MOMENTUM -DELEMENT=float -DWIDTH=1 -DCOUNT=1 -DTENSORS=EACH(0)
-// variant: -DPART=ORTHOGONAL -DELEMENT=__nv_bfloat16 -DWIDTH=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
-// variant: -DPART=ORTHOGONAL -DELEMENT=float -DWIDTH=1 -DCOUNT=1 -DTENSORS=EACH(0)
+// variant: -DPART=ADAM -DWIDTH=4 -DPACKS=2 -DCOUNT=3 -DTENSORS=EACH(0)EACH(1)EACH(2)
+// variant: -DPART=ADAM -DWIDTH=1 -DPACKS=2 -DCOUNT=1 -DTENSORS=EACH(0)
+// variant: -DPART=MOMENTUM -DELEMENT=__nv_bfloat16 -DWIDTH=4 -DPACKS=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
+// variant: -DPART=MOMENTUM -DELEMENT=float -DWIDTH=1 -DPACKS=4 -DCOUNT=1 -DTENSORS=EACH(0)
+// variant: -DPART=ORTHOGONAL -DELEMENT=__nv_bfloat16 -DWIDTH=4 -DPACKS=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
+// variant: -DPART=ORTHOGONAL -DELEMENT=float -DWIDTH=1 -DPACKS=4 -DCOUNT=1 -DTENSORS=EACH(0)
 // variant: -DPART=SQUARES -DWIDTH=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
 // variant: -DPART=SQUARES -DWIDTH=1 -DCOUNT=1 -DTENSORS=EACH(0)
 // variant: -DPART=CLIP -DWIDTH=1
-// variant: -DPART=BLEND -DWIDTH=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
-// variant: -DPART=BLEND -DWIDTH=1 -DCOUNT=1 -DTENSORS=EACH(0)
+// variant: -DPART=BLEND -DWIDTH=4 -DPACKS=4 -DCOUNT=2 -DTENSORS=EACH(0)EACH(1)
+// variant: -DPART=BLEND -DWIDTH=1 -DPACKS=4 -DCOUNT=1 -DTENSORS=EACH(0)
 
 #include <cuda_bf16.h>
 #include "common/pack.cuh"
@@ -65,10 +65,31 @@ __device__ __forceinline__ float kept(float x, bool bf16) { return bf16 ? rounde
 #if PART == ADAM || PART == SQUARES || PART == BLEND
 // The tensor that this block works on: the last whose first block is not after it.
 template <typename Slot> __device__ __forceinline__ int tensor_of_block(const Slot (&slots)[COUNT]) {
-    int tensor = 0;
-#pragma unroll
-    for (int i = 1; i < COUNT; i++) tensor += blockIdx.x >= slots[i].first;
+    int tensor = 0, after = COUNT;
+    while (after - tensor > 1) {
+        const int middle = (tensor + after) / 2;
+        if (slots[middle].first <= blockIdx.x) {
+            tensor = middle;
+        } else {
+            after = middle;
+        }
+    }
     return tensor;
+}
+#endif
+
+#ifdef PACKS
+#define BLOCK_ELEMENTS ((u64)THREADS * WIDTH * PACKS)
+
+// Does `work` on a block's elements, a thread's PACKS packs at once, or at a row's end pack by pack. `work` is
+// work.run<COUNT, WHOLE>(start), of COUNT packs, the first at `start`, THREADS packs apart.
+template <typename Work> __device__ __forceinline__ void over_block(const Work &work, u64 block, u64 length) {
+    u64 start = block * BLOCK_ELEMENTS + threadIdx.x * WIDTH;
+    if ((block + 1) * BLOCK_ELEMENTS <= length) {
+        work.template run<PACKS, true>(start);
+    } else {
+        for (; start < length; start += THREADS * WIDTH) work.template run<1, false>(start);
+    }
 }
 #endif
 
@@ -93,6 +114,50 @@ struct Pointers {
     bf16 *copy;
 };
 
+struct Work {
+    Pointers p;
+    const Slot &slot;
+    float factor;
+
+    template <int N, bool WHOLE> __device__ __forceinline__ void run(u64 start) const {
+        const bool fresh = slot.flags & FRESH, rounds = slot.flags & BF16;
+        const float keep1 = float_of(slot.keep1), new1 = second_of(slot.keep1);
+        const float keep2 = float_of(slot.keep2), new2 = second_of(slot.keep2);
+        const float size = float_of(slot.rate), decay = second_of(slot.rate);
+        const float second = float_of(slot.root), eps = second_of(slot.root);
+        Floats values[N], grads[N], ms[N] = {}, vs[N] = {};
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const u64 at = start + i * THREADS * WIDTH;
+            values[i] = load<WHOLE>(p.value, at, slot.elements);
+            grads[i] = load<WHOLE>(p.grad, at, slot.elements);
+            if (!fresh) {
+                ms[i] = load<WHOLE>(p.m, at, slot.elements);
+                vs[i] = load<WHOLE>(p.v, at, slot.elements);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const u64 at = start + i * THREADS * WIDTH;
+            Floats value = values[i], m = ms[i], v = vs[i];
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                const float g = times(grads[i].at[j], factor);
+                const float first_part = times(g, new1), second_part = times(times(g, g), new2);
+                m.at[j] = kept(fresh ? first_part : plus(times(m.at[j], keep1), first_part), rounds);
+                v.at[j] = kept(fresh ? second_part : plus(times(v.at[j], keep2), second_part), rounds);
+                const float root = plus(__fsqrt_rn(__fdiv_rn(v.at[j], second)), eps);
+                const float change = __fdiv_rn(times(m.at[j], size), root);
+                value.at[j] = kept(__fsub_rn(times(value.at[j], decay), change), rounds);
+            }
+            store<WHOLE>(p.new_m, at, slot.elements, m);
+            store<WHOLE>(p.new_v, at, slot.elements, v);
+            store<WHOLE>(p.new_value, at, slot.elements, value);
+            if (slot.flags & COPY) store<WHOLE>(p.copy, at, slot.elements, value);
+        }
+    }
+};
+
 #define EACH(i)                                                                                                       \
     const float *value##i, const float *grad##i, const float *m##i, const float *v##i, float *new_value##i,           \
         float *new_m##i, float *new_v##i, bf16 *copy##i,
@@ -107,31 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Pointers p = {};
     switch (tensor) { TENSORS }
     const Slot &slot = s.slots[tensor];
-    const u64 start = ((blockIdx.x - slot.first) * THREADS + threadIdx.x) * WIDTH;
-    if (start >= slot.elements) return;
-    Floats value = load(p.value, start, slot.elements), grad = load(p.grad, start, slot.elements), m = {}, v = {};
-    const bool fresh = slot.flags & FRESH, rounds = slot.flags & BF16;
-    if (!fresh) {
-        m = load(p.m, start, slot.elements);
-        v = load(p.v, start, slot.elements);
-    }
-    const float factor = s.scaled ? *scale : 1.0f;
-    const float size = float_of(slot.rate), decay = second_of(slot.rate);
-    const float second = float_of(slot.root), eps = second_of(slot.root);
-#pragma unroll
-    for (int j = 0; j < WIDTH; j++) {
-        const float g = times(grad.at[j], factor);
-        const float first_part = times(g, second_of(slot.keep1)), second_part = times(times(g, g), second_of(slot.keep2));
-        m.at[j] = kept(fresh ? first_part : plus(times(m.at[j], float_of(slot.keep1)), first_part), rounds);
-        v.at[j] = kept(fresh ? second_part : plus(times(v.at[j], float_of(slot.keep2)), second_part), rounds);
-        const float root = plus(__fsqrt_rn(__fdiv_rn(v.at[j], second)), eps);
-        const float change = __fdiv_rn(times(m.at[j], size), root);
-        value.at[j] = kept(__fsub_rn(times(value.at[j], decay), change), rounds);
-    }
-    store(p.new_m, start, slot.elements, m);
-    store(p.new_v, start, slot.elements, v);
-    store(p.new_value, start, slot.elements, value);
-    if (slot.flags & COPY) store(p.copy, start, slot.elements, value);
+    over_block(Work{p, slot, s.scaled ? *scale : 1.0f}, blockIdx.x - slot.first, slot.elements);
 }
 
 #elif PART == MOMENTUM
@@ -149,6 +190,39 @@ struct Pointers {
     float *new_buffer;
 };
 
+struct Work {
+    Pointers p;
+    ELEMENT *u;
+    const Scalars &s;
+    u64 flags;
+    float factor;
+
+    template <int N, bool WHOLE> __device__ __forceinline__ void run(u64 start) const {
+        const bool fresh = flags & FRESH, rounds = flags & BF16;
+        const float momentum = float_of(s.momentum);
+        Floats grads[N], buffers[N] = {};
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const u64 at = start + i * THREADS * WIDTH;
+            grads[i] = load<WHOLE>(p.grad, at, s.elements);
+            if (!fresh) buffers[i] = load<WHOLE>(p.buffer, at, s.elements);
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const u64 at = start + i * THREADS * WIDTH;
+            Floats buffer = buffers[i], update;
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                const float g = kept(times(grads[i].at[j], factor), rounds);
+                buffer.at[j] = fresh ? g : kept(plus(times(buffer.at[j], momentum), g), rounds);
+                update.at[j] = s.nesterov ? kept(plus(g, times(buffer.at[j], momentum)), rounds) : buffer.at[j];
+            }
+            store<WHOLE>(p.new_buffer, at, s.elements, buffer);
+            store<WHOLE>(u, at, s.elements, update);
+        }
+    }
+};
+
 #define EACH(i) const float *grad##i, const float *buffer##i, float *new_buffer##i,
 extern "C" __global__ void __launch_bounds__(THREADS)
     update_momentum(const float *scale, ELEMENT *u, TENSORS const __grid_constant__ Scalars s) {
@@ -157,20 +231,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     case i: p = {grad##i, buffer##i, new_buffer##i}; break;
     Pointers p = {};
     switch (blockIdx.y) { TENSORS }
-    const u64 start = ((u64)blockIdx.x * THREADS + threadIdx.x) * WIDTH;
-    if (start >= s.elements) return;
-    const bool fresh = s.flags[blockIdx.y] & FRESH, rounds = s.flags[blockIdx.y] & BF16;
-    Floats grad = load(p.grad, start, s.elements), buffer = {}, update;
-    if (!fresh) buffer = load(p.buffer, start, s.elements);
-    const float factor = s.scaled ? *scale : 1.0f, momentum = float_of(s.momentum);
-#pragma unroll
-    for (int j = 0; j < WIDTH; j++) {
-        const float g = kept(times(grad.at[j], factor), rounds);
-        buffer.at[j] = fresh ? g : kept(plus(times(buffer.at[j], momentum), g), rounds);
-        update.at[j] = s.nesterov ? kept(plus(g, times(buffer.at[j], momentum)), rounds) : buffer.at[j];
-    }
-    store(p.new_buffer, start, s.elements, buffer);
-    store(u + (s.start + blockIdx.y) * s.elements, start, s.elements, update);
+    ELEMENT *row = u + (s.start + blockIdx.y) * s.elements;
+    over_block(Work{p, row, s, s.flags[blockIdx.y], s.scaled ? *scale : 1.0f}, blockIdx.x, s.elements);
 }
 
 #elif PART == ORTHOGONAL
@@ -194,6 +256,36 @@ struct Pointers {
     bf16 *copy;
 };
 
+struct Work {
+    Pointers p;
+    const ELEMENT *u;
+    const Scalars &s;
+    const Slot &slot;
+
+    template <int N, bool WHOLE> __device__ __forceinline__ void run(u64 start) const {
+        const float lr = float_of(slot.rate), decay = second_of(slot.rate), ratio = float_of(s.ratio);
+        Floats values[N], updates[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const u64 at = start + i * THREADS * WIDTH;
+            values[i] = load<WHOLE>(p.value, at, s.elements);
+            updates[i] = load<WHOLE>(u, at, s.elements);
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const u64 at = start + i * THREADS * WIDTH;
+            Floats value = values[i];
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                const float step = times(kept(times(updates[i].at[j], ratio), s.rounds), lr);
+                value.at[j] = kept(__fsub_rn(times(value.at[j], decay), step), slot.flags & BF16);
+            }
+            store<WHOLE>(p.new_value, at, s.elements, value);
+            if (slot.flags & COPY) store<WHOLE>(p.copy, at, s.elements, value);
+        }
+    }
+};
+
 #define EACH(i) const float *value##i, float *new_value##i, bf16 *copy##i,
 extern "C" __global__ void __launch_bounds__(THREADS)
     update_orthogonal(const ELEMENT *u, TENSORS const __grid_constant__ Scalars s) {
@@ -202,19 +294,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     case i: p = {value##i, new_value##i, copy##i}; break;
     Pointers p = {};
     switch (blockIdx.y) { TENSORS }
-    const u64 start = ((u64)blockIdx.x * THREADS + threadIdx.x) * WIDTH;
-    if (start >= s.elements) return;
-    const Slot &slot = s.slots[blockIdx.y];
-    Floats value = load(p.value, start, s.elements);
-    const Floats update = load(u + (s.start + blockIdx.y) * s.elements, start, s.elements);
-    const float lr = float_of(slot.rate), decay = second_of(slot.rate), ratio = float_of(s.ratio);
-#pragma unroll
-    for (int j = 0; j < WIDTH; j++) {
-        const float step = times(kept(times(update.at[j], ratio), s.rounds), lr);
-        value.at[j] = kept(__fsub_rn(times(value.at[j], decay), step), slot.flags & BF16);
-    }
-    store(p.new_value, start, s.elements, value);
-    if (slot.flags & COPY) store(p.copy, start, s.elements, value);
+    const ELEMENT *row = u + (s.start + blockIdx.y) * s.elements;
+    over_block(Work{p, row, s, s.slots[blockIdx.y]}, blockIdx.x, s.elements);
 }
 
 #elif PART == SQUARES
@@ -245,9 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (block + SQUARES_ELEMENTS <= slot.elements) {
 #pragma unroll
             for (int i = 0; i < SQUARES_LOADS; i++) {
-                const Pack<float> pack = *reinterpret_cast<const Pack<float> *>(x + start + k + i * THREADS * WIDTH);
-#pragma unroll
-                for (int j = 0; j < WIDTH; j++) some[i].at[j] = pack.values[j];
+                some[i] = load<true>(x, start + k + i * THREADS * WIDTH, slot.elements);
             }
         } else {
 #pragma unroll
@@ -297,6 +376,28 @@ struct Pointers {
     float *y;
 };
 
+struct Work {
+    Pointers p;
+    u64 weights, elements;
+
+    template <int N, bool WHOLE> __device__ __forceinline__ void run(u64 start) const {
+        Floats as[N], bs[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            as[i] = load<WHOLE>(p.a, start + i * THREADS * WIDTH, elements);
+            bs[i] = load<WHOLE>(p.b, start + i * THREADS * WIDTH, elements);
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                as[i].at[j] = plus(times(as[i].at[j], float_of(weights)), times(bs[i].at[j], second_of(weights)));
+            }
+            store<WHOLE>(p.y, start + i * THREADS * WIDTH, elements, as[i]);
+        }
+    }
+};
+
 #define EACH(i) const float *a##i, const float *b##i, float *y##i,
 extern "C" __global__ void __launch_bounds__(THREADS)
     update_blend(TENSORS const __grid_constant__ Scalars s) {
@@ -307,15 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Pointers p = {};
     switch (tensor) { TENSORS }
     const Slot &slot = s.slots[tensor];
-    const u64 start = ((blockIdx.x - slot.first) * THREADS + threadIdx.x) * WIDTH;
-    if (start >= slot.elements) return;
-    Floats a = load(p.a, start, slot.elements);
-    const Floats b = load(p.b, start, slot.elements);
-#pragma unroll
-    for (int j = 0; j < WIDTH; j++) {
-        a.at[j] = plus(times(a.at[j], float_of(s.weights)), times(b.at[j], second_of(s.weights)));
-    }
-    store(p.y, start, slot.elements, a);
+    over_block(Work{p, s.weights, slot.elements}, blockIdx.x - slot.first, slot.elements);
 }
 
 #endif

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use common::{Random, Worst, all_pass, download, round, targets, upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target, guard, run};
+use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
 use fairway::ops::{Autodiff, EmbeddingOps, Param, Plain, embedding};
 
 /// How often which ids come.
@@ -28,8 +28,8 @@ enum Ids {
     Halves,
 }
 
-/// Tokens, vocabulary, columns: vectors and not; parts, tiles and bins of ids full and not; more rounds of a tile than
-/// one.
+/// Tokens, vocabulary, columns: vectors and not; parts and tiles full and not; more rounds of a tile than one; counts of
+/// 32 warps, of 8, of 2.
 const SHAPES: [([usize; 3], Ids); 16] = [
     ([1, 1, 1], Ids::One),
     ([5, 3, 4], Ids::Uniform),
@@ -47,6 +47,15 @@ const SHAPES: [([usize; 3], Ids); 16] = [
     ([20_000, 512, 8], Ids::One),
     ([140_001, 40, 8], Ids::Skewed),
     ([300, 50_257, 4], Ids::Uniform),
+];
+
+/// The same where the device is fast: tiles of their most tokens and more of them than for fewer tokens; a whole
+/// micro-batch, ids that lie in very many parts and none that lies in one alone.
+const LARGE: [([usize; 3], Ids); 4] = [
+    ([600_001, 5, 2], Ids::Uniform),
+    ([65_536, 1024, 64], Ids::Skewed),
+    ([65_536, 8192, 16], Ids::Uniform),
+    ([33_000, 3, 24], Ids::Halves),
 ];
 
 struct Case {
@@ -146,7 +155,8 @@ impl Job for AgainstTheHost {
             "{:>18} {:<9} {:>9} {:>9} {:>6}  worst element",
             "shape", "ids", "error", "tolerance", "share"
         );
-        for (number, (shape, kind)) in SHAPES.into_iter().enumerate() {
+        let large = if matches!(target.choice, DeviceChoice::Cuda(_)) { LARGE.as_slice() } else { &[] };
+        for (number, &(shape, kind)) in SHAPES.iter().chain(large).enumerate() {
             let case = Case::new(shape, kind, precision, number as u64);
             let exact = case.backward();
             let tolerance = tolerance(&case, &exact, precision);
@@ -216,7 +226,16 @@ impl Job for TapeAndViews {
         // Added to what is there: doubling is exact.
         through();
         let twice: Vec<f64> = expected.iter().map(|g| 2.0 * g).collect();
-        assert!(download(w.take_grad::<2>().expect("a gradient")) == twice, "on {}", target.label);
+        // And where somebody else holds it, not in its place.
+        let held = w.grad::<2>().expect("a gradient");
+        through();
+        assert!(download(held) == twice, "on {}", target.label);
+        let sum = download(w.take_grad::<2>().expect("a gradient"));
+        let thrice = expected.iter().zip(twice).map(|(g, twice)| match target.precision {
+            Precision::F64 => g + twice,
+            _ => round(g + twice, Precision::F32),
+        });
+        assert!(sum.into_iter().eq(thrice), "on {}", target.label);
         w.set_trainable(false);
         through();
         assert!(w.take_grad::<2>().is_none(), "on {}", target.label);

@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use common::{Random, Worst, all_pass, download, epsilon, round, targets, upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target, guard, run};
+use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
 use fairway::ops::Plain;
 use fairway::ops::newton_schulz::{NewtonSchulz, reference};
 
@@ -28,6 +28,11 @@ const SHAPES: [[usize; 3]; 12] = [
     [2, 200, 96],
     [3, 136, 264],
 ];
+
+/// The same where the device is fast: several tiles of 128 a side, the last full, partly filled or less than half; long
+/// sums, and short ones.
+const LARGE: [[usize; 3]; 7] =
+    [[2, 384, 384], [3, 264, 520], [3, 520, 264], [1, 136, 1000], [2, 8, 200], [2, 200, 8], [1, 328, 320]];
 
 /// Matrices of different magnitudes, the third of zeros.
 fn matrices([n, rows, columns]: [usize; 3], precision: Precision, seed: u64) -> Vec<f64> {
@@ -79,7 +84,7 @@ fn exact(g: &[f64], [n, rows, columns]: [usize; 3], iteration: NewtonSchulz) -> 
 /// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.
 fn poison<B: Plain>(shape: [usize; 3], device: &B::Device, precision: Precision) {
     let poison: Vec<Tensor<B, 3>> =
-        (0..5).map(|_| Tensor::full(shape, f32::NAN, (device, precision.dtype()))).collect();
+        (0..6).map(|_| Tensor::full(shape, f32::NAN, (device, precision.dtype()))).collect();
     drop(poison);
 }
 
@@ -115,7 +120,8 @@ impl Job for AgainstTheHost {
             "{:>12} {:>5} {:>6} {:>9} {:>9} {:>6}  worst element",
             "shape", "steps", "bf16", "error", "tolerance", "share"
         );
-        for (number, shape) in SHAPES.into_iter().enumerate() {
+        let large = if matches!(target.choice, DeviceChoice::Cuda(_)) { LARGE.as_slice() } else { &[] };
+        for (number, &shape) in SHAPES.iter().chain(large).enumerate() {
             for (steps, bf16) in [(0, false), (5, false), (5, true)] {
                 let iteration = NewtonSchulz { steps, bf16, ..NewtonSchulz::default() };
                 let [_, rows, columns] = shape;

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Tensor};
 use common::{Random, Worst, all_pass, download, epsilon, round, targets, upload_as as upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target, guard, run};
+use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
 use fairway::model::Model;
 use fairway::ops::Plain;
 use fairway::ops::update::{
@@ -24,6 +24,11 @@ const CPU: burn_ndarray::NdArrayDevice = burn_ndarray::NdArrayDevice::Cpu;
 /// The type of master values.
 fn master(precision: Precision) -> DType {
     if precision == Precision::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// How many tensors to take: `many`, more than one launch takes, where tensors are taken many at a time.
+fn count(target: &Target, few: usize, many: usize) -> usize {
+    if matches!(target.choice, DeviceChoice::Cuda(_)) { many } else { few }
 }
 
 /// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.
@@ -109,9 +114,9 @@ struct AdamCase {
     bf16: bool,
 }
 
-/// Tensors of sizes around packs and blocks, more than one launch takes.
-fn adam_cases() -> Vec<AdamCase> {
-    const SIZES: [usize; 10] = [1, 3, 4, 5, 255, 1023, 1024, 1025, 4099, 20_000];
+/// Tensors of sizes around packs and blocks.
+fn adam_cases(count: usize) -> Vec<AdamCase> {
+    const SIZES: [usize; 11] = [1, 3, 4, 5, 255, 1023, 1024, 2047, 2048, 4099, 20_000];
     let mut random = Random(3);
     let case = |i: usize| {
         let size = SIZES[i % SIZES.len()];
@@ -135,7 +140,7 @@ fn adam_cases() -> Vec<AdamCase> {
             bf16: i % 5 < 2,
         }
     };
-    (0..31).map(case).collect()
+    (0..count).map(case).collect()
 }
 
 impl AdamCase {
@@ -188,7 +193,7 @@ impl Job for AdamAgainstTheHost {
     fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
         let precision = target.precision;
         println!("\n{} {precision}", target.label);
-        let cases = adam_cases();
+        let cases = adam_cases(count(target, 31, 131));
         let mut good = true;
         for scale in [None, Some(0.37f32)] {
             let factor = scale.map_or(1.0, f64::from);
@@ -231,8 +236,9 @@ impl Job for AdamAgainstTheHost {
 
 // ---- Muon -----------------------------------------------------------------------------------------------------------
 
-/// Number, rows, columns: more than one launch takes, odd and whole packs, several blocks.
-const MATRICES: [[usize; 3]; 4] = [[50, 3, 5], [4, 16, 24], [3, 65, 33], [2, 96, 128]];
+/// Number (on CUDA of the first 100 more, more than one launch takes), rows, columns: odd and whole packs, several
+/// blocks, the last full or not.
+const MATRICES: [[usize; 3]; 5] = [[50, 3, 5], [4, 16, 24], [3, 65, 33], [2, 96, 128], [3, 65, 64]];
 
 struct MuonAgainstTheHost;
 
@@ -242,7 +248,8 @@ impl Job for MuonAgainstTheHost {
     fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
         println!("\n{} {}", target.label, target.precision);
         let mut good = true;
-        for (number, shape) in MATRICES.into_iter().enumerate() {
+        for (number, [few, rows, columns]) in MATRICES.into_iter().enumerate() {
+            let shape = [if number == 0 { count(target, few, few + 100) } else { few }, rows, columns];
             for nesterov in [true, false] {
                 good &= momentum::<B>(shape, nesterov, number as u64, device, target.precision);
             }
@@ -405,7 +412,8 @@ impl Job for ListsAgainstTheHost {
         let mut random = Random(11);
         let mut good = true;
         // One tensor, and more than a launch takes; a norm above and below the clip, and none at all.
-        for (count, scale) in [(1, 1.0), (100, 1e-2), (100, 1e-5), (7, 0.0)] {
+        let many = count(target, 100, 520);
+        for (count, scale) in [(1, 1.0), (many, 1e-2), (100, 1e-5), (7, 0.0)] {
             let rows: Rows =
                 (0..count).map(|i| numbers(&mut random, SIZES[i % SIZES.len()], scale)).collect();
             // Row by row: of one sum of so many terms the host's own rounding would be seen in f64.
@@ -432,8 +440,10 @@ impl Job for ListsAgainstTheHost {
             assert_same_bits("a repeated norm", &again, &got);
         }
         for weights in [[0.997, 1.0 - 0.997], [1.0, 1.0]] {
-            let mut rows =
-                |_| -> Rows { (0..60).map(|i| numbers(&mut random, SIZES[i % SIZES.len()], 1.0)).collect() };
+            let pairs_count = count(target, 60, 270);
+            let mut rows = |_| -> Rows {
+                (0..pairs_count).map(|i| numbers(&mut random, SIZES[i % SIZES.len()], 1.0)).collect()
+            };
             let (a, b) = (rows(0), rows(1));
             let [p, q] = weights;
             let exact: Rows = a

@@ -176,7 +176,7 @@ fn added(sum: Option<Matrix>, x: &Matrix, grad: &Matrix) -> Matrix {
 }
 
 /// Whether a kernel may add to a gradient where it is.
-fn is_addable(sum: &Matrix) -> bool {
+pub(super) fn is_addable(sum: &Matrix) -> bool {
     let aligned = sum.handle.offset_start.unwrap_or(0).is_multiple_of(LOAD_BYTES as u64);
     sum.dtype == DType::F32 && sum.can_mut() && sum.is_contiguous() && aligned
 }

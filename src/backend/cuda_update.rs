@@ -21,10 +21,16 @@ const THREADS: usize = 256;
 /// Elements of a block of the sums of squares.
 const SQUARES_ELEMENTS: usize = THREADS * 32;
 
-/// The most tensors of one launch: what 4,096 bytes of kernel parameters hold.
-const ADAM_TENSORS: usize = 24;
-const MATRICES: usize = 48;
-const SQUARES_TENSORS: usize = 96;
+/// Packs of a thread of a kernel, all of them in flight at once: of Adam, which reads four tensors, and of the others.
+const ADAM_PACKS: usize = 2;
+const PACKS: usize = 4;
+
+/// The most tensors of one launch. cubecl keeps the pointers of 1,024 buffers at a time, so no launch may have more of
+/// them; and CUDA, from 12.1 on, takes 32,764 bytes of parameters.
+const ADAM_TENSORS: usize = 120;
+const MATRICES: usize = 128;
+const SQUARES_TENSORS: usize = 512;
+const PAIRS: usize = 256;
 
 // Flags of a tensor.
 const FRESH: u64 = 1;
@@ -112,7 +118,7 @@ impl UpdateOps for Cuda {
             }
             let tensors: Vec<&Buffer> = grads.iter().collect();
             let buffers: Vec<&Buffer> = [&sums].into_iter().chain(tensors.iter().copied()).collect();
-            let kernel = many("update_squares", "SQUARES", None, width(&tensors), grads.len());
+            let kernel = many("update_squares", "SQUARES", None, [width(&tensors), 0], grads.len());
             launch(kernel, [first as u32, 1, 1], arguments(&buffers, &words));
             start += first;
         }
@@ -128,7 +134,7 @@ impl UpdateOps for Cuda {
         if !pairs.iter().flatten().all(is_float) {
             return update::blend(pairs, weights);
         }
-        chunks(pairs, MATRICES).flat_map(|pairs| blend(pairs, weights)).collect()
+        chunks(pairs, PAIRS).flat_map(|pairs| blend(pairs, weights)).collect()
     }
 }
 
@@ -174,7 +180,7 @@ fn adam(inputs: Vec<AdamInput<Cuda>>, scale: Option<&Buffer>) -> Vec<AdamOutput<
         let elements = t.value.meta.num_elements();
         words.extend([elements as u64, first as u64]);
         words.extend(rates);
-        first += elements.div_ceil(THREADS * width);
+        first += elements.div_ceil(THREADS * width * ADAM_PACKS);
     }
     let mut buffers = vec![scale.unwrap_or(&tensors[0].value)];
     for (t, inputs) in tensors.iter().zip(&inputs) {
@@ -182,7 +188,7 @@ fn adam(inputs: Vec<AdamInput<Cuda>>, scale: Option<&Buffer>) -> Vec<AdamOutput<
         buffers.extend(&t.new);
         buffers.push(t.copy.as_ref().unwrap_or(&t.new[0]));
     }
-    let kernel = many("update_adam", "ADAM", None, width, tensors.len());
+    let kernel = many("update_adam", "ADAM", None, [width, ADAM_PACKS], tensors.len());
     launch(kernel, [first as u32, 1, 1], arguments(&buffers, &words));
     let output = |Tensors { new: [value, m, v], copy, .. }| AdamOutput {
         updated: Updated { value: tensor(value), copy: copy.map(tensor) },
@@ -224,8 +230,8 @@ fn momentum(
     for (grad, buffer, new) in &tensors {
         buffers.extend([grad, buffer.as_ref().unwrap_or(grad), new]);
     }
-    let kernel = many("update_momentum", "MOMENTUM", element(updates.dtype), width, tensors.len());
-    let grid = [elements.div_ceil(THREADS * width) as u32, tensors.len() as u32, 1];
+    let kernel = many("update_momentum", "MOMENTUM", element(updates.dtype), [width, PACKS], tensors.len());
+    let grid = [elements.div_ceil(THREADS * width * PACKS) as u32, tensors.len() as u32, 1];
     launch(kernel, grid, arguments(&buffers, &words));
     tensors.into_iter().map(|(_, _, new)| tensor(new)).collect()
 }
@@ -259,8 +265,9 @@ fn orthogonal(
     for (value, new, copy) in &tensors {
         buffers.extend([value, new, copy.as_ref().unwrap_or(new)]);
     }
-    let kernel = many("update_orthogonal", "ORTHOGONAL", element(updates.dtype), width, tensors.len());
-    let grid = [elements.div_ceil(THREADS * width) as u32, tensors.len() as u32, 1];
+    let kernel =
+        many("update_orthogonal", "ORTHOGONAL", element(updates.dtype), [width, PACKS], tensors.len());
+    let grid = [elements.div_ceil(THREADS * width * PACKS) as u32, tensors.len() as u32, 1];
     launch(kernel, grid, arguments(&buffers, &words));
     let output = |(_, value, copy): (_, Buffer, Option<Buffer>)| Updated {
         value: tensor(value),
@@ -278,22 +285,29 @@ fn blend(pairs: Vec<[Tensor<Cuda, 1>; 2]>, [p, q]: [f64; 2]) -> Vec<Tensor<Cuda,
     for y in &new {
         let elements = y.meta.num_elements();
         words.extend([elements as u64, first as u64]);
-        first += elements.div_ceil(THREADS * width);
+        first += elements.div_ceil(THREADS * width * PACKS);
     }
     let buffers: Vec<&Buffer> = pairs.iter().zip(&new).flat_map(|([a, b], y)| [a, b, y]).collect();
-    let kernel = many("update_blend", "BLEND", None, width, new.len());
+    let kernel = many("update_blend", "BLEND", None, [width, PACKS], new.len());
     launch(kernel, [first as u32, 1, 1], arguments(&buffers, &words));
     new.into_iter().map(tensor).collect()
 }
 
-/// A kernel over `count` tensors.
-fn many(entry: &'static str, part: &str, element: Option<&str>, width: usize, count: usize) -> CudaKernel {
+/// A kernel over `count` tensors, `width` elements a pack, so many packs a thread (none said where it is 0).
+fn many(
+    entry: &'static str,
+    part: &str,
+    element: Option<&str>,
+    [width, packs]: [usize; 2],
+    count: usize,
+) -> CudaKernel {
     let mut constants = vec![
         ("PART", part.to_string()),
         ("WIDTH", width.to_string()),
         ("COUNT", count.to_string()),
         ("TENSORS", (0..count).map(|tensor| format!("EACH({tensor})")).collect()),
     ];
+    constants.extend((packs > 0).then(|| ("PACKS", packs.to_string())));
     constants.extend(element.map(|element| ("ELEMENT", element.to_string())));
     CudaKernel { source: &UPDATE, entry, constants, block: THREADS as u32, shared_bytes: 0 }
 }
@@ -359,16 +373,18 @@ mod tests {
     }
 
     #[test]
-    fn the_parameters_of_a_launch_fit_in_4096_bytes() {
-        // A pointer for each buffer, and the words of the scalars.
-        for (tensors, shared, each) in [
-            (ADAM_TENSORS, 1 + 1, 8 + 7),
-            (MATRICES, 2 + 5, 3 + 1),
-            (MATRICES, 1 + 4, 3 + 2),
-            (SQUARES_TENSORS, 1 + 1, 1 + 2),
-            (MATRICES, 1, 3 + 2),
+    fn the_parameters_of_a_launch_fit() {
+        // Buffers, a pointer each, and words of the scalars: of all tensors together, and of each.
+        for (tensors, [buffers, words], [own_buffers, own_words]) in [
+            (ADAM_TENSORS, [1, 1], [8, 7]),
+            (MATRICES, [2, 5], [3, 1]),
+            (MATRICES, [1, 4], [3, 2]),
+            (SQUARES_TENSORS, [1, 1], [1, 2]),
+            (PAIRS, [0, 1], [3, 2]),
         ] {
-            assert!(8 * (shared + tensors * each) <= 4096, "{tensors} of {each}");
+            let buffers = buffers + tensors * own_buffers;
+            assert!(buffers <= 1024, "{buffers} buffers of {tensors} tensors");
+            assert!(8 * (buffers + words + tensors * own_words) <= 32_764, "{tensors} of {own_words}");
         }
     }
 
@@ -385,19 +401,19 @@ mod tests {
             .filter_map(|line| line.strip_prefix("// variant: "))
             .map(|line| sorted(line.split(' ').map(String::from).collect()))
             .collect();
-        for (entry, part, element, width, count) in [
-            ("update_adam", "ADAM", None, 4, 3),
-            ("update_adam", "ADAM", None, 1, 1),
-            ("update_momentum", "MOMENTUM", element(DType::BF16), 4, 2),
-            ("update_momentum", "MOMENTUM", element(DType::F32), 1, 1),
-            ("update_orthogonal", "ORTHOGONAL", element(DType::BF16), 4, 2),
-            ("update_orthogonal", "ORTHOGONAL", element(DType::F32), 1, 1),
-            ("update_squares", "SQUARES", None, 4, 2),
-            ("update_squares", "SQUARES", None, 1, 1),
-            ("update_blend", "BLEND", None, 4, 2),
-            ("update_blend", "BLEND", None, 1, 1),
+        for (entry, part, element, sizes, count) in [
+            ("update_adam", "ADAM", None, [4, ADAM_PACKS], 3),
+            ("update_adam", "ADAM", None, [1, ADAM_PACKS], 1),
+            ("update_momentum", "MOMENTUM", element(DType::BF16), [4, PACKS], 2),
+            ("update_momentum", "MOMENTUM", element(DType::F32), [1, PACKS], 1),
+            ("update_orthogonal", "ORTHOGONAL", element(DType::BF16), [4, PACKS], 2),
+            ("update_orthogonal", "ORTHOGONAL", element(DType::F32), [1, PACKS], 1),
+            ("update_squares", "SQUARES", None, [4, 0], 2),
+            ("update_squares", "SQUARES", None, [1, 0], 1),
+            ("update_blend", "BLEND", None, [4, PACKS], 2),
+            ("update_blend", "BLEND", None, [1, PACKS], 1),
         ] {
-            let kernel = many(entry, part, element, width, count);
+            let kernel = many(entry, part, element, sizes, count);
             let form =
                 sorted(kernel.constants.iter().map(|(name, value)| format!("-D{name}={value}")).collect());
             assert!(variants.contains(&form), "{form:?} is not among {variants:?}");

@@ -31,23 +31,29 @@ impl<P: Plain> Adam<P> {
     /// One update from the accumulated gradients times `grad_scale`, at `lr_mul` times the base rate; takes them. A
     /// parameter that no gradient has reached stays.
     pub fn step(&mut self, lr_mul: f64, grad_scale: Option<Tensor<P, 1>>) {
-        let (config, lr) = (self.config, self.lr * lr_mul);
+        Self::step_all(std::slice::from_mut(self), lr_mul, grad_scale);
+    }
+
+    /// [`Self::step`] of several groups at once.
+    pub fn step_all(groups: &mut [Self], lr_mul: f64, grad_scale: Option<Tensor<P, 1>>) {
         let mut reached = Vec::new();
         let mut inputs = Vec::new();
-        for slot in &mut self.slots {
-            let Some(grad) = slot.param.take_flat_grad() else { continue };
-            slot.steps += 1;
-            inputs.push(AdamInput {
-                value: slot.param.flat(),
-                grad,
-                moments: slot.moments.take(),
-                config,
-                lr,
-                steps: slot.steps,
-                bf16: slot.bf16,
-                copy: slot.param.copy_type(),
-            });
-            reached.push(slot);
+        for Self { config, lr, slots } in groups {
+            for slot in slots {
+                let Some(grad) = slot.param.take_flat_grad() else { continue };
+                slot.steps += 1;
+                inputs.push(AdamInput {
+                    value: slot.param.flat(),
+                    grad,
+                    moments: slot.moments.take(),
+                    config: *config,
+                    lr: *lr * lr_mul,
+                    steps: slot.steps,
+                    bf16: slot.bf16,
+                    copy: slot.param.copy_type(),
+                });
+                reached.push(slot);
+            }
         }
         for (slot, output) in reached.into_iter().zip(P::adam_step(inputs, grad_scale)) {
             slot.param.set_updated(output.updated);

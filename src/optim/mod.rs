@@ -201,9 +201,7 @@ impl<P: Plain> Optimizers<P> {
     /// One update of every parameter from its accumulated gradient, which is taken.
     pub fn step(&mut self, lr_mul: f64, muon_momentum: f64) {
         let scale = self.clip_scale();
-        for adam in &mut self.adams {
-            adam.step(lr_mul, scale.clone());
-        }
+        Adam::step_all(&mut self.adams, lr_mul, scale.clone());
         self.muon.step(lr_mul, muon_momentum, scale);
         // Of parameters that are in no group.
         self.params.iter().for_each(Param::clear_grad);

@@ -11,7 +11,8 @@ pub(super) fn time<P: Plain>(bench: &mut Bench<'_, P>) -> Result<()> {
         let count = if bench.rows < 65_536 { 1 } else { count };
         let g: Tensor<P, 3> = bench.random([count, rows, columns]);
         let (short, long) = (rows.min(columns) as f64, rows.max(columns) as f64);
-        let once = 2.0 * short * short * (2.0 * long + short);
+        // Of the two symmetric products only the half that has to be computed.
+        let once = short * short * (long + short + 2.0 * long);
         let cost = Cost::operations(once * (iteration.steps * count) as f64);
         let size = format!("[{count}, {rows}, {columns}]");
         bench.time(format!("newton_schulz {size}"), cost, || P::newton_schulz(g.clone(), iteration))?;
