@@ -53,7 +53,11 @@ impl NewtonSchulzOps for Cuda {
             let whole: Tensor<Self, 3> = tensor(x.clone());
             let swapped = whole.clone().swap_dims(1, 2);
             let (left, right) = if tall { (swapped, whole.clone()) } else { (whole.clone(), swapped) };
-            let gram = times(left, right);
+            let mut gram = times(left, right);
+            if form.rounds && dtype == DType::F32 {
+                // As its other uses find it.
+                gram = tensor(form.scaled(&dense(gram), 1.0));
+            }
             let square = times(tensor(form.scaled(&dense(gram.clone()), c)), gram.clone());
             let poly: Tensor<Self, 3> = tensor(form.combined(&dense(gram), &dense(square), b));
             let change = if tall { times(whole, poly.swap_dims(1, 2)) } else { times(poly, whole) };

@@ -6,6 +6,7 @@ use super::cuda::Cuda;
 use super::cuda_linear::{Matrix, joins, packed, sizes};
 use super::cuda_pingpong::{Form, PREFETCH};
 use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, launch_strided};
+use super::probe_cuda;
 use super::tensor::{LOAD_BYTES, copied, dense, empty, primitive, tensor};
 use super::views::columns;
 use crate::ops::projected_attention::{self, Heads};
@@ -96,8 +97,9 @@ impl Call {
         let shape = Shape::new(x.dims(), weights.map(|w| w.shape()[0]), how)?;
         let form = Form::of_heads(shape.width)?;
         let gain = how.gain.as_ref().map(|gain| gain.compute::<1>());
-        let is_bf16 = gain.as_ref().is_none_or(|gain| gain.dtype() == DType::BF16);
-        if !is_bf16 || !joins(&primitive(x.clone()), weights) {
+        let is_bf16 =
+            x.dtype() == DType::BF16 && gain.as_ref().is_none_or(|gain| gain.dtype() == DType::BF16);
+        if !is_bf16 || !probe_cuda::is_hopper(x.device().index) || !joins(&primitive(x.clone()), weights) {
             return None;
         }
         let x = dense(x.clone());

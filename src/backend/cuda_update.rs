@@ -163,9 +163,14 @@ fn adam(inputs: Vec<AdamInput<Cuda>>, scale: Option<&Buffer>) -> Vec<AdamOutput<
         ]);
         let (value, grad) = (dense(input.value), dense(input.grad));
         let shape = [value.meta.num_elements()];
-        let new = std::array::from_fn(|_| empty(&value, shape, DType::F32));
         let copy = copy.then(|| empty(&value, shape, DType::BF16));
-        tensors.push(Tensors { grad, moments: input.moments.map(|m| m.map(dense)), new, copy, value });
+        let moments = input.moments.map(|m| m.map(dense));
+        let [m, v] = match &moments {
+            Some([m, v]) => [replacing(m), replacing(v)],
+            None => [None, None],
+        };
+        let new = [None, m, v].map(|place| place.unwrap_or_else(|| empty(&value, shape, DType::F32)));
+        tensors.push(Tensors { grad, moments, new, copy, value });
     }
     let inputs: Vec<[&Buffer; 4]> = tensors
         .iter()
@@ -219,8 +224,10 @@ fn momentum(
         .map(|input| {
             assert_eq!(input.grad.dims(), [rows, columns], "matrices of one shape");
             let grad = dense(input.grad);
-            let new = empty(&grad, [rows, columns], DType::F32);
-            (grad, input.buffer.map(dense), new)
+            let buffer = input.buffer.map(dense);
+            let new = buffer.as_ref().and_then(replacing);
+            let new = new.unwrap_or_else(|| empty(&grad, [rows, columns], DType::F32));
+            (grad, buffer, new)
         })
         .collect();
     let old: Vec<&Buffer> =
@@ -322,6 +329,12 @@ fn chunks<T>(all: Vec<T>, most: usize) -> impl Iterator<Item = Vec<T>> {
     let length = all.len().div_ceil(lists);
     let mut left = all.into_iter();
     std::iter::from_fn(move || Some(left.by_ref().take(length).collect::<Vec<T>>()).filter(|l| !l.is_empty()))
+}
+
+/// The place of a state, for what replaces it, where nobody else holds it: each thread reads its elements before it
+/// writes them.
+fn replacing(state: &Buffer) -> Option<Buffer> {
+    state.can_mut().then(|| state.clone())
 }
 
 /// Whether the kernels take a tensor.

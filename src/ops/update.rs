@@ -1,7 +1,8 @@
 //! What optimizers do with every element of many tensors: Adam, momentum, the step along an orthogonal update, the
 //! gradient's norm, averages.
 //!
-//! Each op takes a list, so that a device can take all of it in few launches. New values never overwrite old ones.
+//! Each op takes a list, so that a device can take all of it in few launches. A state that
+//! nobody else holds may be overwritten by the new one; nothing else is.
 
 use super::{Autodiff, MatmulOps, Plain, accumulate_type, reciprocal, reduce};
 use burn::tensor::backend::Backend;
