@@ -11,8 +11,8 @@
 // of 8 bytes; starts i32 [b, tk]. With m = ceil(tq / QUERIES) blocks of queries: stats f32 [b, h, m, STATS, QUERIES],
 // turns u32 [b, h, m], and the workspace sums f32 [b, h, m, QUERIES * HEAD] in the order of the warpgroups' registers
 // (`finish_part`). With NORM also q and k as before the norm, bf16 through maps like those of q and k; with HALF > 0
-// cosines, sines f32 [tk, HALF] through maps [1, tk, HALF] in boxes of [1, 64, COLUMNS / 2]; with GAIN gains bf16 [h] and
-// partials f32 [b, key blocks, h], the terms of the gain's gradient of the queries that a block finishes.
+// cosines, sines f32 [tk, HALF] through maps [1, tk, HALF] in boxes of [1, 64, COLUMNS / 2]; with GAIN gains bf16 [h],
+// and partials f32 [b, key blocks, h]: the gain's gradient by the queries that a block finishes.
 // Grid: (ceil(tk / KEYS), g, b) blocks: block x owns the x-th key block from the end and walks all the heads of its
 // group and the query blocks that see its keys, first to last.
 // Roles: warpgroup 0 copies in (warps 0 and 3) and adds gq's parts to memory (warps 1 and 2); warpgroups 1 and 2 own 64
@@ -24,8 +24,8 @@
 // Invariants: every element of gq, gk, gv, partials is written exactly once; queries past the end have lse = inf, so
 // P = 0 there. With NORM there are as many queries as keys (every block has steps), h / g <= 32, HALF a multiple of 8.
 // Numerics: bf16 operands, f32 for everything else, the norm's backward too: P and gS are rounded to bf16 for their
-// products, and gS takes the unrounded P where registers allow it (HEAD < 128). The gain's terms are added over a warp's
-// rows, a block's query blocks, its warps. The order of every sum is fixed: equal bits every time.
+// products, and gS takes the unrounded P where registers allow it (HEAD < 128). The gain's gradient is added over a
+// warp's rows, a block's query blocks, its warps. The order of every sum is fixed: equal bits every time.
 //
 // The launcher (src/backend/cuda_attention.rs) defines the constants; these are the forms that the compile check tries:
 // variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0
@@ -72,10 +72,6 @@
 // with NORM each with its queries as before the norm. Their angles take the place of k's and v's tiles.
 #define PARTS (!NORM ? 4 : HEAD == 128 ? 2 : 3)
 #define PART_BYTES (SUM_BYTES + (NORM ? QUERIES * HEAD * 2 : 0))
-// A thread's share of a consumer's gq at the end: rows, 8 apart, and chunks of 8 columns, two in each. The norm wants
-// whole rows: where a part has half of the columns, a consumer then takes half of the rows of both.
-#define OWN_ROWS (NORM && HEAD == 128 ? 1 : 2)
-#define CHUNKS (PART_COLUMNS / 4 / OWN_ROWS)
 
 #include "common/attention_order.cuh"
 #include "common/attention_norm.cuh"
@@ -250,12 +246,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < HEAD / 2; i++) gk[i] = gv[i] = 0.0f;
 
-        // Past the last step the product runs too, on whatever is there, and nobody looks at it: a branch around it
-        // would make the compiler serialise all the loop's products.
+        // Past the last step the product runs too, on whatever is there or arrives, and nobody looks at it: a branch
+        // around it would make the compiler serialise all the loop's products.
         const auto start_scores = [&](Ring<STAGES> at, bool any) {
             if (any) barrier_wait(q_full + 8 * at.stage(), at.parity());
-            // With NORM something else arrives there then.
-            const u32 q_tile = NORM && !any ? k_tile : q_tiles + at.stage() * tile_bytes(QUERIES);
+            const u32 q_tile = q_tiles + at.stage() * tile_bytes(QUERIES);
             product_begin();
 #pragma unroll
             for (int k = 0; k < HEAD / 16; k++)
@@ -427,7 +422,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                    batch);
 #if NORM
         barrier_wait(before_full, 0);
-        norm_keys(gk, KeyTiles(q_tiles, gy_tiles, gs_tiles, steps), 64 * consumer + thread / 32 * 16, scale, float_of(s.eps));
+        norm_keys(gk, KeyTiles(q_tiles, gy_tiles, gs_tiles, steps), 64 * consumer + thread / 32 * 16, scale,
+                  float_of(s.eps));
 #endif
         const float gk_scale = NORM ? 1.0f : scale;
         store_rows(k_tile, KEYS, 64 * consumer, gk, gk_scale, gk_scale, 2 + consumer, gk_map, group, first_key,
@@ -472,20 +468,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
 #endif
             barrier_wait(part_full + 8 * at_part.stage(), at_part.parity());
-#pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-#if OWN_ROWS == 2
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(rows[0][2 * i]), "=f"(rows[0][2 * i + 1]), "=f"(rows[1][2 * i]),
-                               "=f"(rows[1][2 * i + 1])
-                             : "r"(part + consumer * (SUM_BYTES / 2) + thread * 16 + i * 2048)
-                             : "memory");
-#else
-                const float2 pair = load_pair(part + i * 2048 + thread * 16 + consumer * 8);
-                rows[0][2 * i] = pair.x;
-                rows[0][2 * i + 1] = pair.y;
-#endif
-            }
+            load_rows(rows, part, consumer);
 #if NORM
             Before<OWN_ROWS> before;
             before.load(Sides::of(part + SUM_BYTES, QUERIES), warp_row);
@@ -506,19 +489,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if GAIN
                 if (inside) terms += term;
 #endif
-#pragma unroll
-                for (int i = 0; i < CHUNKS; i += 2) {
-                    // Even threads take the row's columns 8 i ..., odd ones the next 8: four each, two the neighbour's.
-                    const bool odd = lane % 2;
-                    const int column = first_column + 8 * (i + odd) + lane % 4 / 2 * 4;
-                    const u32 here = pack(rows[r][2 * i], rows[r][2 * i + 1]),
-                              next = pack(rows[r][2 * i + 2], rows[r][2 * i + 3]);
-                    const u32 mine = odd ? next : here, got = __shfl_xor_sync(0xffffffffu, odd ? here : next, 1);
-                    if (inside)
-                        *reinterpret_cast<uint2 *>(gq_out + ((u64)batch * s.queries + query + 8 * r) * s.gq_row +
-                                                   head * HEAD + column) =
-                            odd ? make_uint2(got, mine) : make_uint2(mine, got);
-                }
+                store_row(gq_out + ((u64)batch * s.queries + query + 8 * r) * s.gq_row + head * HEAD + first_column,
+                          rows[r], inside);
             }
 #if GAIN
 #pragma unroll

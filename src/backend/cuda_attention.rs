@@ -234,11 +234,16 @@ impl Call {
     /// warp's lanes have a group's heads.
     fn takes(&self, norm: &Norm) -> bool {
         let is_bf16 = norm.before.iter().chain(&norm.gain).all(|x| x.dtype == DType::BF16);
-        let tables = norm.tables.as_ref().is_none_or(|([cos, sin], row)| {
-            let long = [cos, sin].iter().all(|x| x.meta.shape()[0] >= self.keys && x.dtype == DType::F32);
-            long && *row >= norm.half() && [cos, sin].iter().all(|x| is_aligned(x)) && row.is_multiple_of(4)
+        let shapes = [self.heads, self.groups].map(|heads| [self.batch, self.keys, heads, self.size]);
+        let same = norm.before.iter().zip(shapes).all(|(x, shape)| x.meta.shape().iter().eq(&shape));
+        let tables = norm.tables.as_ref().is_none_or(|(tables, row)| {
+            let fits = |x: &CubeTensor<CudaRuntime>| {
+                x.meta.shape()[0] >= self.keys && x.dtype == DType::F32 && is_aligned(x)
+            };
+            tables.iter().all(fits) && *row >= norm.half() && row.is_multiple_of(4)
         });
         is_bf16
+            && same
             && tables
             && norm.half().is_multiple_of(8)
             && self.queries == self.keys
