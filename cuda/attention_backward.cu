@@ -89,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if GAIN
     __shared__ float gain_sums[8][HEADS_OF_GROUP];
 #endif
+    __shared__ __align__(8) Range shared_range;
     __shared__ __align__(8) u64 barriers[3 * STAGES + 11 + 2 * PARTS];
     const u32 k_tile = shared_address(memory), v_tile = k_tile + tile_bytes(KEYS), q_tiles = v_tile + tile_bytes(KEYS);
     const u32 gy_tiles = q_tiles + STAGES * tile_bytes(QUERIES), gs_tiles = gy_tiles + STAGES * tile_bytes(QUERIES);
@@ -123,12 +124,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_init(angles_empty, 8);
         barrier_init_done();
     }
+    const Range of_block(starts, s, batch, block);
+    if (threadIdx.x == 0) shared_range = of_block;
     __syncthreads();
-    const Range range(starts, s, batch, block);
-    const int steps = ratio * max(0, range.end - range.first);
 
     if (threadIdx.x < 128) {
         registers_down<COPY_REGISTERS>();
+        const Range range = Range::read(shared_range);
         if (threadIdx.x == 0) {
             barrier_expect(kv_full, 2 * tile_bytes(KEYS));
             load_tile(k_tile, KEYS, k_map, kv_full, group, block * KEYS, batch);
@@ -146,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     at.advance();
                 }
 #if NORM
+            const u32 steps = at.count;
             const KeyTiles key_tiles(q_tiles, gy_tiles, gs_tiles, steps);
             barrier_expect(before_full, tile_bytes(KEYS) + 2 * angle_bytes(KEYS));
             barrier_wait(empty + 8 * at.stage(), at.parity() ^ 1);
@@ -157,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_wait(empty + 8 * at.stage(), at.parity() ^ 1);
             if (!KeyTiles::COSINES_EARLY) {
                 load_angles(key_tiles.cosines, KEYS, cosines_map, before_full, block * KEYS);
-                for (Ring<2> at_gs = Ring<2>().ahead(steps); at_gs.count < steps + 2u; at_gs.advance())
+                for (Ring<2> at_gs = Ring<2>().ahead(steps); at_gs.count < steps + 2; at_gs.advance())
                     barrier_wait(gs_empty + 8 * at_gs.stage(), at_gs.parity() ^ 1);
             }
             load_angles(key_tiles.sines, KEYS, sines_map, before_full, block * KEYS);
@@ -236,6 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     } else {
         registers_up<CONSUMER_REGISTERS>();
+        const Range range = Range::read(shared_range);
+        const int steps = ratio * max(0, range.end - range.first);
         const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = thread % 32;
         const float scale = float_of(s.scale), scale_2 = scale * 1.44269504f;
         const int first_key = block * KEYS + 64 * consumer;
@@ -449,7 +454,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         // Lane i's is of the group's i-th head.
         float gain_sum = 0.0f;
 #endif
-        for_last(starts, s, batch, group, block, range, [&](int head, int m) {
+        for_last(starts, s, batch, group, block, Range::read(shared_range), [&](int head, int m) {
             float rows[OWN_ROWS][2 * CHUNKS];
             const u32 part = q_tiles + at_part.stage() * PART_BYTES;
 #if GAIN

@@ -5,6 +5,18 @@
 struct Range {
     int first, end;
 
+    Range() = default;
+
+    // From shared memory where it is needed, so that it takes no registers in between.
+    __device__ __forceinline__ static Range read(const Range &shared) {
+        Range range;
+        asm volatile("ld.volatile.shared.v2.s32 {%0, %1}, [%2];"
+                     : "=r"(range.first), "=r"(range.end)
+                     : "r"(shared_address(&shared))
+                     : "memory");
+        return range;
+    }
+
     // Every thread of the block calls it.
     __device__ __forceinline__ Range(const int *starts, const Scalars &s, int batch, int block) {
         const int offset = (int)s.keys - (int)s.queries, blocks = query_blocks(s), last_key = block * KEYS + KEYS - 1;
