@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                        NORM_MAPS ANGLE_MAPS const void *, const void *, const void *, const void *, const void *,
                        const void *, NORM_POINTERS ANGLE_POINTERS STARTS_PARAMETER const float *__restrict__ stats,
                        u32 *turns, float *sums, __nv_bfloat16 *__restrict__ gq_out,
-                       GAIN_PARAMETERS const __grid_constant__ Scalars s) {
+                       GAIN_PARAMETERS const __grid_constant__ SCALARS s) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(16) float stat_tiles[STAGES][STATS][QUERIES];
 #if GAIN

@@ -4,8 +4,8 @@
 
 struct Scalars {
     // window: positions that a query sees, its own one too. section: heads (over the batch) that the forward walks
-    // together. gq_row: elements from one query of gq to the next. eps: of the backward's norm.
-    u64 batch, queries, keys, heads, groups, scale, window, section, gq_row, eps;
+    // together. gq_row: elements from one query of gq to the next.
+    u64 batch, queries, keys, heads, groups, scale, window, section, gq_row;
 };
 
 // A scalar of the launch that holds a float's bits.

@@ -10,11 +10,17 @@
 
 #define HEADS_OF_GROUP 32
 
+struct NormScalars : Scalars {
+    u64 eps;
+};
+
 // The kernel's parameters.
 #if NORM
+#define SCALARS NormScalars
 #define NORM_MAPS const __grid_constant__ TensorMap q_before_map, const __grid_constant__ TensorMap k_before_map,
 #define NORM_POINTERS const void *, const void *,
 #else
+#define SCALARS Scalars
 #define NORM_MAPS
 #define NORM_POINTERS
 #endif

@@ -48,11 +48,35 @@ impl AttentionOps for Cuda {
         mask: &Mask<Self>,
         scale: f64,
     ) -> [Tensor<Self, 4>; 3] {
-        match backward_into(&attended, &grad, mask, scale, [None, None, None], None) {
-            Some(grads) => grads.of.map(tensor),
+        match backward_into(&attended, &grad, mask, scale, None) {
+            Some(grads) => grads.map(tensor),
             None => attention::backward(attended, grad, mask, scale),
         }
     }
+}
+
+/// [`AttentionOps::attention_backward`] by the kernels, if they take these; the gradient of `v` into the place given,
+/// `[b, t, g, d]`, whose rows of `g d` elements may lie apart.
+pub(super) fn backward_into(
+    attended: &Attended<Cuda>,
+    grad: &Tensor<Cuda, 4>,
+    mask: &Mask<Cuda>,
+    scale: f64,
+    place: Option<CubeTensor<CudaRuntime>>,
+) -> Option<[CubeTensor<CudaRuntime>; 3]> {
+    let call = Call::new([&attended.q, &attended.k, &attended.v], mask, scale)?;
+    let log_sums = attended.log_sums.clone()?;
+    let place = match place {
+        Some(place) => Some(Heads::at(place)?),
+        None => None,
+    };
+    let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
+    let [y, grad] = [attended.y.clone(), grad].map(|x| {
+        let x = dense(x);
+        if is_aligned(&x) { x } else { copied(x) }
+    });
+    let inputs = [&attended.q, &attended.k, &attended.v].map(|x| Heads::new(x.clone()));
+    Some(call.backward(inputs, &y, &grad, &dense(log_sums), place))
 }
 
 /// What q and k were before [`crate::ops::qk_norm`], whose backward then follows attention's in the same kernel.
@@ -83,30 +107,27 @@ pub(super) struct Grads {
     pub gain_parts: Option<CubeTensor<CudaRuntime>>,
 }
 
-/// [`AttentionOps::attention_backward`] by the kernels, if they take these; the gradients of q, k and v into the places
-/// given, `[b, t, n, d]`, whose rows of `n d` elements may lie apart.
-pub(super) fn backward_into(
+/// [`backward_into`] and on through the norm, if the kernels take these: the gradients of q, k and v into the places given.
+pub(super) fn normed_backward_into(
     attended: &Attended<Cuda>,
     grad: &Tensor<Cuda, 4>,
     mask: &Mask<Cuda>,
     scale: f64,
-    places: [Option<CubeTensor<CudaRuntime>>; 3],
-    norm: Option<&Norm>,
+    places: [CubeTensor<CudaRuntime>; 3],
+    norm: &Norm,
 ) -> Option<Grads> {
-    let call = Call::new([&attended.q, &attended.k, &attended.v], mask, scale)?;
-    if norm.is_some_and(|norm| !call.takes(norm)) {
-        return None;
-    }
+    let inputs = [&attended.q, &attended.k, &attended.v];
+    let call = Call::new(inputs, mask, scale).filter(|call| call.takes(norm))?;
     let log_sums = attended.log_sums.clone()?;
-    let [q, k, v] = places.map(|place| place.map(|place| Heads::at(place).ok_or(())).transpose());
-    let places = [q.ok()?, k.ok()?, v.ok()?];
+    let [q, k, v] = places.map(Heads::at);
+    let places = [Some(q?), Some(k?), Some(v?)];
     let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
     let [y, grad] = [attended.y.clone(), grad].map(|x| {
         let x = dense(x);
         if is_aligned(&x) { x } else { copied(x) }
     });
-    let inputs = [&attended.q, &attended.k, &attended.v].map(|x| Heads::new(x.clone()));
-    Some(call.backward(inputs, &y, &grad, &dense(log_sums), places, norm))
+    let inputs = inputs.map(|x| Heads::new(x.clone()));
+    Some(call.backward_to(inputs, &y, &grad, &dense(log_sums), places, Some(norm)))
 }
 
 /// Whether the tensor begins at a multiple of 16 bytes.
@@ -250,8 +271,8 @@ impl Call {
             && self.heads / self.groups <= 32
     }
 
-    /// The scalars of all three kernels; `query_row` is the backward's stride of `gq`, `eps` of its norm.
-    fn scalars(&self, query_row: usize, eps: f32) -> [u64; 10] {
+    /// The scalars of all three kernels; `query_row` is the backward's stride of `gq`.
+    fn scalars(&self, query_row: usize) -> [u64; 9] {
         let per_head = self.keys * self.size * 4 * self.groups / self.heads;
         let section = (SECTION_BYTES / per_head.max(1)).clamp(1, self.batch * self.heads);
         let [batch, queries, keys, heads, groups, window, section, query_row] = [
@@ -265,8 +286,7 @@ impl Call {
             query_row,
         ]
         .map(|size| size as u64);
-        let [scale, eps] = [self.scale, eps].map(float_word);
-        [batch, queries, keys, heads, groups, scale, window, section, query_row, eps]
+        [batch, queries, keys, heads, groups, float_word(self.scale), window, section, query_row]
     }
 
     /// Queries of a block of the backward.
@@ -292,7 +312,7 @@ impl Call {
         let kernel = self.kernel(&FORWARD, "attention_forward", 512, forward_bytes(self.size));
         let maps = [&q, &k, &v, &y].map(Heads::map);
         let buffers: Vec<_> = [&log_sums].into_iter().chain(&self.starts).collect();
-        let scalars = self.scalars(0, 0.0);
+        let scalars = self.scalars(0);
         let arguments =
             Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations: 2.0 * self.product() };
         launch(kernel, [tiles.min(multiprocessors) as u32, 1, 1], arguments);
@@ -300,8 +320,20 @@ impl Call {
         (y.tensor, log_sums)
     }
 
-    /// The gradients of `q`, `k` and `v`, each in its place if it has one.
+    /// The gradients of `q`, `k` and `v`, that of `v` in its place if it has one.
     fn backward(
+        &self,
+        inputs: [Heads; 3],
+        y: &CubeTensor<CudaRuntime>,
+        grad: &CubeTensor<CudaRuntime>,
+        log_sums: &CubeTensor<CudaRuntime>,
+        place: Option<Heads>,
+    ) -> [CubeTensor<CudaRuntime>; 3] {
+        self.backward_to(inputs, y, grad, log_sums, [None, None, place], None).of
+    }
+
+    /// The same, each in its place if it has one, and on through the norm if there is one.
+    fn backward_to(
         &self,
         [q, k, v]: [Heads; 3],
         y: &CubeTensor<CudaRuntime>,
@@ -325,7 +357,7 @@ impl Call {
         let stats = workspace(&[rows, block], DType::F32);
         let turns = workspace(&[], DType::U32);
         let sums = workspace(&[block, self.size], DType::F32);
-        let scalars = self.scalars(grad_q.strides[1], norm.map_or(0.0, |norm| norm.eps));
+        let scalars = self.scalars(grad_q.strides[1]);
 
         let kernel = self.kernel(&ROWS, "attention_rows", 256, 0);
         let lanes = self.batch * blocks * block * self.heads * (self.size / 8);
@@ -337,6 +369,7 @@ impl Call {
         let mut kernel = self.kernel(&BACKWARD, "attention_backward", 384, backward_bytes(self.size));
         let row = self.heads * self.size;
         let grad = Heads { tensor: grad.clone(), shape: q.shape, strides: [self.queries * row, row] };
+        let mut scalars = scalars.to_vec();
         let mut maps: Vec<_> = [&q, &grad, &k, &v, &grad_k, &grad_v].map(Heads::map).into();
         let mut buffers: Vec<_> = self.starts.iter().chain([&stats, &turns, &sums, &grad_q.tensor]).collect();
         let blocks = self.keys.div_ceil(KEY_BLOCK);
@@ -347,6 +380,7 @@ impl Call {
         if let (Some(norm), Some(before)) = (norm, &before) {
             let constants = [("NORM", 1), ("HALF", norm.half()), ("GAIN", norm.gain.is_some().into())];
             kernel.constants.extend(constants.map(|(name, value)| (name, value.to_string())));
+            scalars.push(float_word(norm.eps));
             maps.extend(before.iter().map(Heads::map));
             maps.extend(
                 norm.tables

@@ -36,7 +36,7 @@ impl NormedAttentionOps for Cuda {
             let meta = Metadata::new(shape, [time * pitch, pitch, size, 1]);
             CubeTensor { meta: Box::new(meta), ..x.clone() }
         };
-        let heads_of_place = |x: &CubeTensor<CudaRuntime>| Some(heads_at(x, x.meta.strides()[0]));
+        let heads_of_place = |x: &CubeTensor<CudaRuntime>| heads_at(x, x.meta.strides()[0]);
 
         if let Some(call) = cuda_qk_norm::Call::new(&q, &k, how) {
             let before = call.rows([&q, &k]).map(|rows| heads_at(&rows.tensor, rows.stride));
@@ -45,7 +45,7 @@ impl NormedAttentionOps for Cuda {
             let norm = Norm { before, tables, gain: call.gain.clone(), eps: call.eps };
             let places_of_heads = places.each_ref().map(heads_of_place);
             let grads =
-                cuda_attention::backward_into(&attended, &grad, mask, scale, places_of_heads, Some(&norm));
+                cuda_attention::normed_backward_into(&attended, &grad, mask, scale, places_of_heads, &norm);
             if let Some(grads) = grads {
                 if let (Some(gain), Some(parts)) = (&how.gain, &grads.gain_parts)
                     && gain.is_trainable()
@@ -56,11 +56,12 @@ impl NormedAttentionOps for Cuda {
             }
         }
 
-        let place = [None, None, heads_of_place(&places[2])];
-        let Some(grads) = cuda_attention::backward_into(&attended, &grad, mask, scale, place, None) else {
+        let place = heads_of_place(&places[2]);
+        let Some([grad_q, grad_k, _]) =
+            cuda_attention::backward_into(&attended, &grad, mask, scale, Some(place))
+        else {
             return apart([q, k], attended, grad, how, mask, scale);
         };
-        let [grad_q, grad_k, _] = grads.of;
         let [grad_q, grad_k] = [grad_q, grad_k].map(tensor);
         let [of_q, of_k, of_v] = places;
         let [grad_q, grad_k] =
