@@ -3,12 +3,16 @@
 //   P = exp(scale q k^T - lse), gv = P^T gy, gS = P (gy v^T - rowsum(gy y)), gq = scale gS k, gk = scale gS^T q
 //
 // attention_rows.cu runs before it and gives lse / ln 2 and rowsum(gy y) in `stats`, and `turns` of zeros.
+// With NORM gq and gk go on through the backward of what made q and k, which qk_norm.cu describes
+// (src/ops/normed_attention.rs): the norm of each head, the rotation of HALF pairs of channels, q's gain (GAIN = 1).
 //
 // Layout: q, gy bf16 [b, tq, h, HEAD], k, v, gk, gv bf16 [b, tk, g, HEAD] through tensor maps [b, t, heads * HEAD] in
 // boxes of [1, 64, COLUMNS], zeros outside; gq bf16 [b, tq, h, HEAD], a query after gq_row elements, each at a multiple
 // of 8 bytes; starts i32 [b, tk]. With m = ceil(tq / QUERIES) blocks of queries: stats f32 [b, h, m, STATS, QUERIES],
 // turns u32 [b, h, m], and the workspace sums f32 [b, h, m, QUERIES * HEAD] in the order of the warpgroups' registers
-// (`finish_part`).
+// (`finish_part`). With NORM also q and k as before the norm, bf16 through maps like those of q and k; with HALF > 0
+// cosines, sines f32 [tk, HALF] through maps [1, tk, HALF] in boxes of [1, 64, COLUMNS / 2]; with GAIN gains bf16 [h],
+// and partials f32 [b, key blocks, h]: the gain's gradient by the queries that a block finishes.
 // Grid: (ceil(tk / KEYS), g, b) blocks: block x owns the x-th key block from the end and walks all the heads of its
 // group and the query blocks that see its keys, first to last.
 // Roles: warpgroup 0 copies in (warps 0 and 3) and adds gq's parts to memory (warps 1 and 2); warpgroups 1 and 2 own 64
@@ -17,9 +21,11 @@
 // Order: a query block's sums take their parts from its last key block to its first, one after the other: `turns`
 // counts them. A part waits only for blocks earlier in the grid's order, which the device starts first; the first part
 // overwrites, and whoever adds the last one writes gq at its end.
-// Invariants: every element of gq, gk, gv is written exactly once; queries past the end have lse = inf, so P = 0 there.
-// Numerics: bf16 operands, f32 for everything else: P and gS are rounded to bf16 for their products, and gS takes the
-// unrounded P where registers allow it (HEAD < 128). The order of every sum is fixed: equal bits every time.
+// Invariants: every element of gq, gk, gv, partials is written exactly once; queries past the end have lse = inf, so
+// P = 0 there. With NORM there are as many queries as keys (every block has steps), h / g <= 32, HALF a multiple of 8.
+// Numerics: bf16 operands, f32 for everything else, the norm's backward too: P and gS are rounded to bf16 for their
+// products, and gS takes the unrounded P where registers allow it (HEAD < 128). The gain's gradient is added over a
+// warp's rows, a block's query blocks, its warps. The order of every sum is fixed: equal bits every time.
 //
 // The launcher (src/backend/cuda_attention.rs) defines the constants; these are the forms that the compile check tries:
 // variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0
@@ -30,6 +36,23 @@
 // variant: -DHEAD=32 -DWINDOW=1 -DDOCUMENTS=1
 // variant: -DHEAD=128 -DWINDOW=0 -DDOCUMENTS=0
 // variant: -DHEAD=128 -DWINDOW=1 -DDOCUMENTS=1
+// variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=32 -DGAIN=1
+// variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=8 -DGAIN=1
+// variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=0 -DGAIN=0
+// variant: -DHEAD=64 -DWINDOW=1 -DDOCUMENTS=1 -DNORM=1 -DHALF=32 -DGAIN=1
+// variant: -DHEAD=64 -DWINDOW=1 -DDOCUMENTS=0 -DNORM=1 -DHALF=24 -DGAIN=0
+// variant: -DHEAD=32 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=16 -DGAIN=1
+// variant: -DHEAD=32 -DWINDOW=1 -DDOCUMENTS=1 -DNORM=1 -DHALF=8 -DGAIN=0
+// variant: -DHEAD=128 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=64 -DGAIN=1
+// variant: -DHEAD=128 -DWINDOW=1 -DDOCUMENTS=1 -DNORM=1 -DHALF=64 -DGAIN=1
+// variant: -DHEAD=128 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=40 -DGAIN=1
+// variant: -DHEAD=128 -DWINDOW=0 -DDOCUMENTS=0 -DNORM=1 -DHALF=16 -DGAIN=0
+
+#ifndef NORM
+#define NORM 0
+#define HALF 0
+#define GAIN 0
+#endif
 
 #include <cuda_bf16.h>
 #define KEYS 128
@@ -45,63 +68,29 @@
 #define PART_COLUMNS (QUERIES * HEAD / 128)
 #define SUM_BYTES (QUERIES * HEAD * 4)
 #define GS_BYTES (KEYS * QUERIES * 2)
-// Query blocks whose gq is under way from memory at the end, in the place of q's, gy's and gS's tiles.
-#define PARTS 4
+// Query blocks whose gq is under way from memory at the end, in the place of q's, gy's and gS's tiles and of the sums;
+// with NORM each with its queries as before the norm. Their angles take the place of k's and v's tiles.
+#define PARTS (!NORM ? 4 : HEAD == 128 ? 2 : 3)
+#define PART_BYTES (SUM_BYTES + (NORM ? QUERIES * HEAD * 2 : 0))
 
-// The query blocks that see the keys of a block: `first` to before `end`.
-struct Range {
-    int first, end;
-
-    // Every thread of the block calls it.
-    __device__ __forceinline__ Range(const int *starts, const Scalars &s, int batch, int block) {
-        const int offset = (int)s.keys - (int)s.queries, blocks = query_blocks(s), last_key = block * KEYS + KEYS - 1;
-        first = max(0, block * KEYS - offset) / QUERIES;
-        end = blocks;
-        if (WINDOW || DOCUMENTS) {
-            // What a block sees first does not decrease from block to block.
-            end = first;
-            for (int seen = THREADS; seen == THREADS; end += seen) {
-                const int m = end + threadIdx.x;
-                seen =
-                    __syncthreads_count(m < blocks && first_seen(starts, s, batch, m * QUERIES + offset) <= last_key);
-            }
-        }
-    }
-};
-
-// Runs `body` for the heads of a group and the query blocks whose first key block this is: no part comes after it.
-template <class Body> __device__ __forceinline__ void for_last(const int *starts, const Scalars &s, int batch,
-                                                               int group, int block, const Range &range, Body body) {
-    const int ratio = (int)s.heads / (int)s.groups, offset = (int)s.keys - (int)s.queries;
-    for (int m = range.first; m < range.end; m++) {
-        if (first_seen(starts, s, batch, m * QUERIES + offset) < block * KEYS) continue;
-        for (int head = group * ratio; head < (group + 1) * ratio; head++) body(head, m);
-    }
-}
-
-// Waits until `*turn` is `mine`.
-__device__ __forceinline__ void wait_for(const u32 *turn, u32 mine) {
-    u32 now;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-    } while (now != mine);
-}
-
-// What this thread knows to be written is written for whoever finds `value` there.
-__device__ __forceinline__ void publish(u32 *turn, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(value) : "memory");
-}
+#include "common/attention_order.cuh"
+#include "common/attention_norm.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_backward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap gy_map,
                        const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-                       const __grid_constant__ TensorMap gk_map, const __grid_constant__ TensorMap gv_map, const void *,
-                       const void *, const void *, const void *, const void *, const void *,
-                       STARTS_PARAMETER const float *__restrict__ stats, u32 *turns, float *sums,
-                       __nv_bfloat16 *__restrict__ gq_out, const __grid_constant__ Scalars s) {
+                       const __grid_constant__ TensorMap gk_map, const __grid_constant__ TensorMap gv_map,
+                       NORM_MAPS ANGLE_MAPS const void *, const void *, const void *, const void *, const void *,
+                       const void *, NORM_POINTERS ANGLE_POINTERS STARTS_PARAMETER const float *__restrict__ stats,
+                       u32 *turns, float *sums, __nv_bfloat16 *__restrict__ gq_out,
+                       GAIN_PARAMETERS const __grid_constant__ SCALARS s) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(16) float stat_tiles[STAGES][STATS][QUERIES];
-    __shared__ __align__(8) u64 barriers[3 * STAGES + 8 + 2 * PARTS];
+#if GAIN
+    __shared__ float gain_sums[8][HEADS_OF_GROUP];
+#endif
+    __shared__ __align__(8) Range shared_range;
+    __shared__ __align__(8) u64 barriers[3 * STAGES + 11 + 2 * PARTS];
     const u32 k_tile = shared_address(memory), v_tile = k_tile + tile_bytes(KEYS), q_tiles = v_tile + tile_bytes(KEYS);
     const u32 gy_tiles = q_tiles + STAGES * tile_bytes(QUERIES), gs_tiles = gy_tiles + STAGES * tile_bytes(QUERIES);
     const u32 sum_tile = gs_tiles + 2 * GS_BYTES;
@@ -109,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 kv_full = empty + 8 * STAGES, sum_full = kv_full + 8, sum_empty = sum_full + 16;
     const u32 gs_full = sum_empty + 8, gs_empty = gs_full + 16, part_full = gs_empty + 16,
               part_empty = part_full + 8 * PARTS;
+    const u32 before_full = part_empty + 8 * PARTS, angles_full = before_full + 8, angles_empty = angles_full + 8;
     const int block = gridDim.x - 1 - blockIdx.x, group = blockIdx.y, batch = blockIdx.z;
     const int offset = (int)s.keys - (int)s.queries, blocks = query_blocks(s);
     const int ratio = (int)s.heads / (int)s.groups;
@@ -129,14 +119,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         barrier_init(kv_full, 1);
         barrier_init(sum_empty, 1);
+        barrier_init(before_full, 1);
+        barrier_init(angles_full, 1);
+        barrier_init(angles_empty, 8);
         barrier_init_done();
     }
+    const Range of_block(starts, s, batch, block);
+    if (threadIdx.x == 0) shared_range = of_block;
     __syncthreads();
-    const Range range(starts, s, batch, block);
-    const int steps = ratio * max(0, range.end - range.first);
 
     if (threadIdx.x < 128) {
         registers_down<COPY_REGISTERS>();
+        const Range range = Range::read(shared_range);
         if (threadIdx.x == 0) {
             barrier_expect(kv_full, 2 * tile_bytes(KEYS));
             load_tile(k_tile, KEYS, k_map, kv_full, group, block * KEYS, batch);
@@ -153,6 +147,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     load_tile(gy_tiles + to, QUERIES, gy_map, gy, head, m * QUERIES, batch);
                     at.advance();
                 }
+#if NORM
+            const u32 steps = at.count;
+            const KeyTiles key_tiles(q_tiles, gy_tiles, gs_tiles, steps);
+            barrier_expect(before_full, tile_bytes(KEYS) + 2 * angle_bytes(KEYS));
+            barrier_wait(empty + 8 * at.stage(), at.parity() ^ 1);
+            load_before(key_tiles.before, KEYS, k_before_map, before_full, group, block * KEYS, batch);
+#if HALF
+            if (KeyTiles::COSINES_EARLY)
+                load_angles(key_tiles.cosines, KEYS, cosines_map, before_full, block * KEYS);
+            at.advance();
+            barrier_wait(empty + 8 * at.stage(), at.parity() ^ 1);
+            if (!KeyTiles::COSINES_EARLY) {
+                load_angles(key_tiles.cosines, KEYS, cosines_map, before_full, block * KEYS);
+                for (Ring<2> at_gs = Ring<2>().ahead(steps); at_gs.count < steps + 2; at_gs.advance())
+                    barrier_wait(gs_empty + 8 * at_gs.stage(), at_gs.parity() ^ 1);
+            }
+            load_angles(key_tiles.sines, KEYS, sines_map, before_full, block * KEYS);
+#endif
+#endif
         } else if (threadIdx.x == 96) {
             Ring<STAGES> at;
             for (int head = group * ratio; head < (group + 1) * ratio; head++) {
@@ -197,18 +210,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (threadIdx.x == 32) {
                 fence_async_global();
                 Ring<PARTS> at;
+#if HALF
+                Ring<1> at_angles;
+#endif
                 for_last(starts, s, batch, group, block, range, [&](int head, int m) {
+#if HALF
+                    // The same for all heads of the group.
+                    if (head == group * ratio) {
+                        barrier_wait(angles_empty, at_angles.parity() ^ 1);
+                        barrier_expect(angles_full, 2 * angle_bytes(QUERIES));
+                        load_angles(Sides::of(k_tile, QUERIES), QUERIES, cosines_map, angles_full, m * QUERIES);
+                        load_angles(Sides::of(v_tile, QUERIES), QUERIES, sines_map, angles_full, m * QUERIES);
+                        at_angles.advance();
+                    }
+#endif
+                    const u32 to = q_tiles + at.stage() * PART_BYTES, full = part_full + 8 * at.stage();
                     barrier_wait(part_empty + 8 * at.stage(), at.parity() ^ 1);
-                    barrier_expect(part_full + 8 * at.stage(), SUM_BYTES);
-                    copy_bytes_in(q_tiles + at.stage() * SUM_BYTES,
-                                  sums + (((u64)batch * s.heads + head) * blocks + m) * (QUERIES * HEAD), SUM_BYTES,
-                                  part_full + 8 * at.stage());
+                    barrier_expect(full, PART_BYTES);
+                    copy_bytes_in(to, sums + (((u64)batch * s.heads + head) * blocks + m) * (QUERIES * HEAD), SUM_BYTES,
+                                  full);
+#if NORM
+                    load_before(Sides::of(to + SUM_BYTES, QUERIES), QUERIES, q_before_map, full, head, m * QUERIES,
+                                batch);
+#endif
                     at.advance();
                 });
             }
         }
     } else {
         registers_up<CONSUMER_REGISTERS>();
+        const Range range = Range::read(shared_range);
+        const int steps = ratio * max(0, range.end - range.first);
         const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = thread % 32;
         const float scale = float_of(s.scale), scale_2 = scale * 1.44269504f;
         const int first_key = block * KEYS + 64 * consumer;
@@ -219,8 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < HEAD / 2; i++) gk[i] = gv[i] = 0.0f;
 
-        // Past the last step the product runs too, on whatever is there, and nobody looks at it: a branch around it
-        // would make the compiler serialise all the loop's products.
+        // Past the last step the product runs too, on whatever is there or arrives, and nobody looks at it: a branch
+        // around it would make the compiler serialise all the loop's products.
         const auto start_scores = [&](Ring<STAGES> at, bool any) {
             if (any) barrier_wait(q_full + 8 * at.stage(), at.parity());
             const u32 q_tile = q_tiles + at.stage() * tile_bytes(QUERIES);
@@ -393,45 +425,94 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         sync_threads(1, 256);
         store_rows(v_tile, KEYS, 64 * consumer, gv, 1.0f, 1.0f, 2 + consumer, gv_map, group, first_key, (int)s.keys,
                    batch);
-        store_rows(k_tile, KEYS, 64 * consumer, gk, scale, scale, 2 + consumer, gk_map, group, first_key, (int)s.keys,
-                   batch);
-        if (thread == 0) copy_out_commit();
+#if NORM
+        barrier_wait(before_full, 0);
+        norm_keys(gk, KeyTiles(q_tiles, gy_tiles, gs_tiles, steps), 64 * consumer + thread / 32 * 16, scale,
+                  float_of(s.eps));
+#endif
+        const float gk_scale = NORM ? 1.0f : scale;
+        store_rows(k_tile, KEYS, 64 * consumer, gk, gk_scale, gk_scale, 2 + consumer, gk_map, group, first_key,
+                   (int)s.keys, batch);
+        if (thread == 0) {
+            copy_out_commit();
+            if (NORM) copy_out_wait();
+        }
 
         // gq of the query blocks that have all their parts now.
         sync_threads(4, 256 + 64);
+        // The thread's first row in a block's tile.
+        const int warp_row = thread / 32 * 16 + (OWN_ROWS == 1 ? 8 : QUERIES == 128 ? 64 : 0) * consumer;
+        const int first_column = OWN_ROWS == 1 || QUERIES == 128 ? 0 : consumer * PART_COLUMNS;
         Ring<PARTS> at_part;
-        for_last(starts, s, batch, group, block, range, [&](int head, int m) {
-            const int query = m * QUERIES + (QUERIES == 128 ? 64 * consumer : 0) + thread / 32 * 16 + lane / 4;
-            const int first_column = QUERIES == 128 ? 0 : consumer * PART_COLUMNS;
-            const u32 from = q_tiles + at_part.stage() * SUM_BYTES + consumer * (SUM_BYTES / 2) + thread * 16;
+#if NORM
+        Angles<OWN_ROWS> angles;
+#endif
+#if HALF
+        Ring<1> at_angles;
+#endif
+#if GAIN
+        // Lane i's is of the group's i-th head.
+        float gain_sum = 0.0f;
+#endif
+        for_last(starts, s, batch, group, block, Range::read(shared_range), [&](int head, int m) {
+            float rows[OWN_ROWS][2 * CHUNKS];
+            const u32 part = q_tiles + at_part.stage() * PART_BYTES;
+#if GAIN
+            const float gain = __bfloat162float(gains[head]);
+            float terms = 0.0f;
+#elif NORM
+            constexpr float gain = 1.0f;
+#endif
+#if HALF
+            if (head == group * ratio) {
+                barrier_wait(angles_full, at_angles.parity());
+                angles.load(Sides::of(k_tile, QUERIES), Sides::of(v_tile, QUERIES), warp_row);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(angles_empty);
+                at_angles.advance();
+            }
+#endif
             barrier_wait(part_full + 8 * at_part.stage(), at_part.parity());
-#pragma unroll
-            for (int i = 0; i < PART_COLUMNS / 8; i++)
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(gq[4 * i]), "=f"(gq[4 * i + 1]), "=f"(gq[4 * i + 2]), "=f"(gq[4 * i + 3])
-                             : "r"(from + i * 2048)
-                             : "memory");
+            load_rows(rows, part, consumer);
+#if NORM
+            Before<OWN_ROWS> before;
+            before.load(Sides::of(part + SUM_BYTES, QUERIES), warp_row);
+#endif
             __syncwarp();
             if (lane == 0) barrier_arrive(part_empty + 8 * at_part.stage());
             at_part.advance();
+            const int query = m * QUERIES + warp_row + lane / 4;
 #pragma unroll
-            for (int i = 0; i < PART_COLUMNS / 8; i += 2) {
-                // Even threads take the rows' columns 8 i ..., odd ones the next 8: four each, two the neighbour's.
-                const bool odd = lane % 2;
-                const int column = first_column + 8 * (i + odd) + lane % 4 / 2 * 4;
+            for (int r = 0; r < OWN_ROWS; r++) {
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int e = 4 * i + 2 * r;
-                    const u32 here = pack(gq[e] * scale, gq[e + 1] * scale),
-                              next = pack(gq[e + 4] * scale, gq[e + 5] * scale);
-                    const u32 mine = odd ? next : here, got = __shfl_xor_sync(0xffffffffu, odd ? here : next, 1);
-                    if (query + 8 * r < (int)s.queries)
-                        *reinterpret_cast<uint2 *>(gq_out + ((u64)batch * s.queries + query + 8 * r) * s.gq_row +
-                                                   head * HEAD + column) =
-                            odd ? make_uint2(got, mine) : make_uint2(mine, got);
-                }
+                for (int i = 0; i < 2 * CHUNKS; i++) rows[r][i] *= scale;
+                const bool inside = query + 8 * r < (int)s.queries;
+#if NORM
+                angles.turn_back(r, rows[r]);
+                const float term = norm_backward(rows[r], before.x[r], gain, float_of(s.eps));
+#endif
+#if GAIN
+                if (inside) terms += term;
+#endif
+                store_row(gq_out + ((u64)batch * s.queries + query + 8 * r) * s.gq_row + head * HEAD + first_column,
+                          rows[r], inside);
             }
+#if GAIN
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) terms += __shfl_xor_sync(0xffffffffu, terms, step);
+            if (lane == head - group * ratio) gain_sum += terms;
+#endif
         });
+#if GAIN
+        gain_sums[threadIdx.x / 32 - 4][lane] = gain_sum;
+        sync_threads(1, 256);
+        if (consumer == 0 && thread < ratio) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < 8; warp++) sum += gain_sums[warp][thread];
+            partials[((u64)batch * gridDim.x + block) * s.heads + group * ratio + thread] = sum;
+        }
+#endif
         if (thread == 0) copy_out_wait();
     }
 }

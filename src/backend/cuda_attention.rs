@@ -3,7 +3,7 @@
 
 use super::cuda::Cuda;
 use super::launch_cuda::{
-    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch,
+    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch, launch_strided,
 };
 use super::probe_cuda;
 use super::source::Source;
@@ -79,6 +79,57 @@ pub(super) fn backward_into(
     Some(call.backward(inputs, &y, &grad, &dense(log_sums), place))
 }
 
+/// What q and k were before [`crate::ops::qk_norm`], whose backward then follows attention's in the same kernel.
+pub(super) struct Norm {
+    /// `[b, t, h, d]`, `[b, t, g, d]`, bf16.
+    pub before: [CubeTensor<CudaRuntime>; 2],
+    /// Cosines and sines `[t, half]` and the elements from one row to the next, a multiple of 16 bytes; none where
+    /// nothing rotates.
+    pub tables: Option<([CubeTensor<CudaRuntime>; 2], usize)>,
+    /// `[h]`, bf16.
+    pub gain: Option<CubeTensor<CudaRuntime>>,
+    /// Of the norm.
+    pub eps: f32,
+}
+
+impl Norm {
+    /// Pairs of channels that rotate.
+    fn half(&self) -> usize {
+        self.tables.as_ref().map_or(0, |([cos, _], _)| cos.meta.shape()[1])
+    }
+}
+
+/// What the backward gives.
+pub(super) struct Grads {
+    /// The gradients of q, k and v, of the first two before the norm where that was asked for.
+    pub of: [CubeTensor<CudaRuntime>; 3],
+    /// Parts `[parts, h]` of the gain's, where there is one.
+    pub gain_parts: Option<CubeTensor<CudaRuntime>>,
+}
+
+/// [`backward_into`] and on through the norm, if the kernels take these: the gradients of q, k and v into the places given.
+pub(super) fn normed_backward_into(
+    attended: &Attended<Cuda>,
+    grad: &Tensor<Cuda, 4>,
+    mask: &Mask<Cuda>,
+    scale: f64,
+    places: [CubeTensor<CudaRuntime>; 3],
+    norm: &Norm,
+) -> Option<Grads> {
+    let inputs = [&attended.q, &attended.k, &attended.v];
+    let call = Call::new(inputs, mask, scale).filter(|call| call.takes(norm))?;
+    let log_sums = attended.log_sums.clone()?;
+    let [q, k, v] = places.map(Heads::at);
+    let places = [Some(q?), Some(k?), Some(v?)];
+    let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
+    let [y, grad] = [attended.y.clone(), grad].map(|x| {
+        let x = dense(x);
+        if is_aligned(&x) { x } else { copied(x) }
+    });
+    let inputs = inputs.map(|x| Heads::new(x.clone()));
+    Some(call.backward_to(inputs, &y, &grad, &dense(log_sums), places, Some(norm)))
+}
+
 /// Whether the tensor begins at a multiple of 16 bytes.
 fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
     x.handle.offset_start.unwrap_or(0).is_multiple_of(16)
@@ -105,9 +156,12 @@ struct Heads {
 
 impl Heads {
     fn new(x: Tensor<Cuda, 4>) -> Self {
-        let shape = x.dims();
-        let x = primitive(x);
+        Self::of(primitive(x))
+    }
+
+    fn of(x: CubeTensor<CudaRuntime>) -> Self {
         Self::at(x.clone()).unwrap_or_else(|| {
+            let shape: [usize; 4] = std::array::from_fn(|i| x.meta.shape()[i]);
             let row = shape[2] * shape[3];
             Self { tensor: copied(x), shape, strides: [shape[1] * row, row] }
         })
@@ -128,7 +182,7 @@ impl Heads {
             shape: vec![batch, time, heads * size],
             strides: vec![self.strides[0], self.strides[1], 1],
             tile: vec![1, 64, size.min(64)],
-            swizzle: if size == 32 { TensorMapSwizzle::B64 } else { TensorMapSwizzle::B128 },
+            swizzle: swizzle(size),
             prefetch: TensorMapPrefetch::B256,
         }
     }
@@ -197,6 +251,26 @@ impl Call {
         CudaKernel { source, entry, constants, block, shared_bytes: shared }
     }
 
+    /// Whether the backward goes on through this norm: a channel and the one that it rotates with are in one thread, a
+    /// warp's lanes have a group's heads.
+    fn takes(&self, norm: &Norm) -> bool {
+        let is_bf16 = norm.before.iter().chain(&norm.gain).all(|x| x.dtype == DType::BF16);
+        let shapes = [self.heads, self.groups].map(|heads| [self.batch, self.keys, heads, self.size]);
+        let same = norm.before.iter().zip(shapes).all(|(x, shape)| x.meta.shape().iter().eq(&shape));
+        let tables = norm.tables.as_ref().is_none_or(|(tables, row)| {
+            let fits = |x: &CubeTensor<CudaRuntime>| {
+                x.meta.shape()[0] >= self.keys && x.dtype == DType::F32 && is_aligned(x)
+            };
+            tables.iter().all(fits) && *row >= norm.half() && row.is_multiple_of(4)
+        });
+        is_bf16
+            && same
+            && tables
+            && norm.half().is_multiple_of(8)
+            && self.queries == self.keys
+            && self.heads / self.groups <= 32
+    }
+
     /// The scalars of all three kernels; `query_row` is the backward's stride of `gq`.
     fn scalars(&self, query_row: usize) -> [u64; 9] {
         let per_head = self.keys * self.size * 4 * self.groups / self.heads;
@@ -249,15 +323,30 @@ impl Call {
     /// The gradients of `q`, `k` and `v`, that of `v` in its place if it has one.
     fn backward(
         &self,
-        [q, k, v]: [Heads; 3],
+        inputs: [Heads; 3],
         y: &CubeTensor<CudaRuntime>,
         grad: &CubeTensor<CudaRuntime>,
         log_sums: &CubeTensor<CudaRuntime>,
         place: Option<Heads>,
     ) -> [CubeTensor<CudaRuntime>; 3] {
+        self.backward_to(inputs, y, grad, log_sums, [None, None, place], None).of
+    }
+
+    /// The same, each in its place if it has one, and on through the norm if there is one.
+    fn backward_to(
+        &self,
+        [q, k, v]: [Heads; 3],
+        y: &CubeTensor<CudaRuntime>,
+        grad: &CubeTensor<CudaRuntime>,
+        log_sums: &CubeTensor<CudaRuntime>,
+        places: [Option<Heads>; 3],
+        norm: Option<&Norm>,
+    ) -> Grads {
         // The kernel writes each wherever its rows lie.
-        let [grad_q, grad_k] = [&q, &k].map(|x| q.like(x.shape));
-        let grad_v = place.unwrap_or_else(|| q.like(v.shape));
+        let [grad_q, grad_k, grad_v] = places;
+        let grad_q = grad_q.unwrap_or_else(|| q.like(q.shape));
+        let [grad_k, grad_v] =
+            [(grad_k, &k), (grad_v, &v)].map(|(place, x)| place.unwrap_or_else(|| q.like(x.shape)));
         let block = self.query_block();
         let blocks = self.queries.div_ceil(block);
         let rows = 2 + usize::from(self.starts.is_some());
@@ -277,17 +366,59 @@ impl Call {
         let arguments = Arguments { buffers: &buffers, scalars: &scalars, ..Default::default() };
         launch(kernel, [lanes.div_ceil(256) as u32, 1, 1], arguments);
 
-        let kernel = self.kernel(&BACKWARD, "attention_backward", 384, backward_bytes(self.size));
+        let mut kernel = self.kernel(&BACKWARD, "attention_backward", 384, backward_bytes(self.size));
         let row = self.heads * self.size;
         let grad = Heads { tensor: grad.clone(), shape: q.shape, strides: [self.queries * row, row] };
-        let maps = [&q, &grad, &k, &v, &grad_k, &grad_v].map(Heads::map);
-        let buffers: Vec<_> = self.starts.iter().chain([&stats, &turns, &sums, &grad_q.tensor]).collect();
-        let grid = [self.keys.div_ceil(KEY_BLOCK), self.groups, self.batch].map(|size| size as u32);
+        let mut scalars = scalars.to_vec();
+        let mut maps: Vec<_> = [&q, &grad, &k, &v, &grad_k, &grad_v].map(Heads::map).into();
+        let mut buffers: Vec<_> = self.starts.iter().chain([&stats, &turns, &sums, &grad_q.tensor]).collect();
+        let blocks = self.keys.div_ceil(KEY_BLOCK);
+        let before = norm.map(|norm| norm.before.clone().map(Heads::of));
+        let gain_parts = norm
+            .and_then(|norm| norm.gain.as_ref())
+            .map(|_| empty(y, [self.batch * blocks, self.heads], DType::F32));
+        if let (Some(norm), Some(before)) = (norm, &before) {
+            let constants = [("NORM", 1), ("HALF", norm.half()), ("GAIN", norm.gain.is_some().into())];
+            kernel.constants.extend(constants.map(|(name, value)| (name, value.to_string())));
+            scalars.push(float_word(norm.eps));
+            maps.extend(before.iter().map(Heads::map));
+            maps.extend(
+                norm.tables
+                    .iter()
+                    .flat_map(|(tables, row)| tables.iter().map(|table| angles_map(table, *row, self.size))),
+            );
+            buffers.extend(norm.gain.iter().chain(&gain_parts));
+        }
+        let grid = [blocks, self.groups, self.batch].map(|size| size as u32);
         let operations = 5.0 * self.product();
-        launch(kernel, grid, Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations });
+        // gq may lie apart.
+        launch_strided(
+            kernel,
+            grid,
+            Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations },
+        );
         drop(maps);
-        [grad_q, grad_k, grad_v].map(|heads| heads.tensor)
+        Grads { of: [grad_q, grad_k, grad_v].map(|heads| heads.tensor), gain_parts }
     }
+}
+
+/// Cosines or sines as the copy engine reads them, for heads of that size: boxes of half as many columns as those of the
+/// heads, in as many bytes.
+fn angles_map(table: &CubeTensor<CudaRuntime>, row: usize, size: usize) -> TensorMap<'_> {
+    let [positions, half] = [table.meta.shape()[0], table.meta.shape()[1]];
+    TensorMap {
+        tensor: table,
+        shape: vec![1, positions, half],
+        strides: vec![positions * row, row, 1],
+        tile: vec![1, 64, size.min(64) / 2],
+        swizzle: swizzle(size),
+        prefetch: TensorMapPrefetch::B256,
+    }
+}
+
+/// Of a box's rows: as many bytes as they have.
+fn swizzle(size: usize) -> TensorMapSwizzle {
+    if size == 32 { TensorMapSwizzle::B64 } else { TensorMapSwizzle::B128 }
 }
 
 /// Dynamic shared memory of the forward: two tiles of queries, two stages of keys and values.

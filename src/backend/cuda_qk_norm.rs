@@ -57,7 +57,7 @@ pub(super) fn backward_into(
         None => None,
     };
     let grads = grads.map(|grad| if grad.dtype() == dtype { grad.clone() } else { grad.clone().cast(dtype) });
-    let inputs = [q, k].map(|x| Rows::new(x.clone(), width));
+    let inputs = call.rows([q, k]);
     let (grads, partials) = call.backward(inputs, grads.map(|grad| Rows::of_heads(grad, width)), places);
     if let (Some(gain), Some(partials)) = (&how.gain, partials)
         && gain.is_trainable()
@@ -68,9 +68,9 @@ pub(super) fn backward_into(
 }
 
 /// A row for each token, so many elements apart.
-struct Rows {
-    tensor: CubeTensor<CudaRuntime>,
-    stride: usize,
+pub(super) struct Rows {
+    pub tensor: CubeTensor<CudaRuntime>,
+    pub stride: usize,
 }
 
 impl Rows {
@@ -146,7 +146,7 @@ impl Spread {
 }
 
 /// Sizes and tables of a call that the kernels take.
-struct Call {
+pub(super) struct Call {
     tokens: usize,
     time: usize,
     heads: usize,
@@ -155,14 +155,14 @@ struct Call {
     half: usize,
     spread: Spread,
     dtype: DType,
-    eps: f32,
-    /// Cosines and sines; none where nothing rotates.
-    tables: Option<[Rows; 2]>,
-    gain: Option<CubeTensor<CudaRuntime>>,
+    pub eps: f32,
+    /// Cosines and sines, as far apart in both; none where nothing rotates.
+    pub tables: Option<[Rows; 2]>,
+    pub gain: Option<CubeTensor<CudaRuntime>>,
 }
 
 impl Call {
-    fn new(q: &Tensor<Cuda, 2>, k: &Tensor<Cuda, 2>, how: &QkNorm<Cuda>) -> Option<Self> {
+    pub fn new(q: &Tensor<Cuda, 2>, k: &Tensor<Cuda, 2>, how: &QkNorm<Cuda>) -> Option<Self> {
         let ([tokens, width], dtype) = (q.dims(), q.dtype());
         let (heads, groups, half) = (how.heads, how.groups, how.rope.rotated() / 2);
         let size = width / heads.max(1);
@@ -208,6 +208,11 @@ impl Call {
             tables,
             gain: gain.map(super::tensor::dense),
         })
+    }
+
+    /// q and k as the kernels read them.
+    pub fn rows(&self, inputs: [&Tensor<Cuda, 2>; 2]) -> [Rows; 2] {
+        inputs.map(|x| Rows::new(x.clone(), self.spread.width))
     }
 
     fn kernel(&self, entry: &'static str, block: usize) -> CudaKernel {
@@ -303,7 +308,8 @@ impl Call {
         ([q_out.tensor, k_out.tensor], partials)
     }
 
-    fn gain_grad(&self, partials: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
+    /// The gain's gradient from its parts `[parts, heads]`.
+    pub fn gain_grad(&self, partials: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
         let grad = empty(partials, [self.heads], DType::F32);
         let scalars = self.scalars(partials.meta.shape()[0], [0; 3], [0; 3]);
         let kernel = self.kernel("qk_norm_gain", 32);

@@ -13,6 +13,8 @@ const COMMON: &[(&str, &str)] = &[
     ("common/pack.cuh", include_str!("../../cuda/common/pack.cuh")),
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
     ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
+    ("common/attention_order.cuh", include_str!("../../cuda/common/attention_order.cuh")),
+    ("common/attention_norm.cuh", include_str!("../../cuda/common/attention_norm.cuh")),
     ("common/product.cuh", include_str!("../../cuda/common/product.cuh")),
     ("common/epilogue_qk_norm.cuh", include_str!("../../cuda/common/epilogue_qk_norm.cuh")),
 ];

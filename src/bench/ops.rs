@@ -7,6 +7,7 @@ mod embedding;
 mod linear;
 mod matmul;
 mod newton_schulz;
+mod normed_attention;
 mod projected_attention;
 mod qk_norm;
 mod reduce;
@@ -96,6 +97,7 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     activation::time(&mut bench)?;
     attention::time(&mut bench)?;
     qk_norm::time(&mut bench)?;
+    normed_attention::time(&mut bench)?;
     projected_attention::time(&mut bench)?;
     tape::time(&mut bench)?;
     newton_schulz::time(&mut bench)?;
