@@ -15,7 +15,7 @@
 // a tile is overwritten only after a barrier that follows its last use, its copy shown by another before the next.
 // Numerics: f32 throughout; sums ascending over channels, keys, queries and heads: equal bits every time.
 //
-// The launcher (src/backend/cuda_attention_exact.rs) defines the constants; these are the forms that the compile check tries:
+// The launcher (src/backend/cuda_attention_exact.rs) defines the constants; these the compile check tries:
 // variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0
 // variant: -DHEAD=64 -DWINDOW=1 -DDOCUMENTS=1
 // variant: -DHEAD=16 -DWINDOW=1 -DDOCUMENTS=1
@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                                      STARTS_PARAMETER float *__restrict__ delta, float *__restrict__ gq,
                                      const __grid_constant__ Scalars s) {
     extern __shared__ __align__(16) float memory[];
+    __shared__ float log_sums[ROWS], dots[ROWS];
     __shared__ int first_keys[ROWS];
     float *const q_tile = memory, *const gy_tile = q_tile + ROWS * HEAD, *const k_tile = gy_tile + ROWS * HEAD;
     float *const v_tile = k_tile + COLUMNS * HEAD, *const score_tile = v_tile + COLUMNS * HEAD;
@@ -51,33 +52,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     load_tile<ROWS, 1>(q_tile, q + batch * s.q.batch + head * s.q.head, s.q.time, first_query, queries);
     load_tile<ROWS, 1>(gy_tile, gy + dense_head, dense_row, first_query, queries);
     load_tile<COLUMNS, 4>(v_tile, v_head, s.v.time, first_block * COLUMNS, keys);
-    if (threadIdx.x < ROWS) first_keys[threadIdx.x] = first_seen(starts, s, batch, first_query + threadIdx.x + offset);
-
-    float log_sum[LANE_ROWS], dot[LANE_ROWS], sums[LANE_ROWS][LANE_CHANNELS];
-#pragma unroll
-    for (int i = 0; i < LANE_ROWS; i++) {
-        const int query = first_query + at.tile_row(i);
-        const u64 place = ((u64)batch * s.heads + head) * queries + query;
-        log_sum[i] = infinity();
-        dot[i] = 0.0f;
+    // In the order of the product with v: where a query sees one key only, or almost, both are the same bits.
+    if (threadIdx.x < ROWS) {
+        const int query = first_query + (int)threadIdx.x;
+        const u64 place = ((u64)batch * s.heads + head) * queries + query, row = dense_head + query * dense_row;
+        float dot = 0.0f;
         if (query < queries) {
-            const u64 row = dense_head + query * dense_row;
-            log_sum[i] = lse[place];
+#pragma unroll 4
+            for (int channel = 0; channel < HEAD; channel += 4) {
+                const Floats<4> a = load<4>(gy + row + channel), b = load<4>(y + row + channel);
 #pragma unroll
-            for (int j = 0; j < LANE_CHANNELS; j += PACK) {
-                const Floats<PACK> a = load<PACK>(y + row + at.channel(j)), b = load<PACK>(gy + row + at.channel(j));
-#pragma unroll
-                for (int n = 0; n < PACK; n++) dot[i] = fmaf(a.at[n], b.at[n], dot[i]);
+                for (int n = 0; n < 4; n++) dot = fmaf(a.at[n], b.at[n], dot);
             }
+            delta[place] = dot;
         }
-        dot[i] = row_sum(dot[i]);
-        if (query < queries && at.column == 0) delta[place] = dot[i];
-#pragma unroll
-        for (int j = 0; j < LANE_CHANNELS; j++) sums[i][j] = 0.0f;
+        dots[threadIdx.x] = dot;
+        log_sums[threadIdx.x] = query < queries ? lse[place] : infinity();
+        first_keys[threadIdx.x] = first_seen(starts, s, batch, query + offset);
     }
     copies_done();
     __syncthreads();
     load_tile<COLUMNS, 4>(k_tile, k_head, s.k.time, first_block * COLUMNS, keys);
+
+    float log_sum[LANE_ROWS], dot[LANE_ROWS], sums[LANE_ROWS][LANE_CHANNELS];
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; i++) {
+        log_sum[i] = log_sums[at.tile_row(i)];
+        dot[i] = dots[at.tile_row(i)];
+#pragma unroll
+        for (int j = 0; j < LANE_CHANNELS; j++) sums[i][j] = 0.0f;
+    }
 
     // The warp's queries: the positions of the first and of the last, and what these see first.
     const int position = first_query + at.warp_row + offset;
@@ -130,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                                   STARTS_PARAMETER float *__restrict__ gk, float *__restrict__ gv,
                                   const __grid_constant__ Scalars s) {
     extern __shared__ __align__(16) float memory[];
-    __shared__ __align__(16) float log_sums[COLUMNS], dots[COLUMNS];
+    __shared__ float log_sums[COLUMNS], dots[COLUMNS];
     __shared__ int first_keys[COLUMNS];
     float *const k_tile = memory, *const v_tile = k_tile + ROWS * HEAD, *const q_tile = v_tile + ROWS * HEAD;
     float *const gy_tile = q_tile + COLUMNS * HEAD, *const score_tile = gy_tile + COLUMNS * HEAD;

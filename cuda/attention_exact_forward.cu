@@ -14,7 +14,7 @@
 // Numerics: f32 throughout; a score's channels and a row's keys ascending, the eight threads of a row by butterfly:
 // equal bits every time.
 //
-// The launcher (src/backend/cuda_attention_exact.rs) defines the constants; these are the forms that the compile check tries:
+// The launcher (src/backend/cuda_attention_exact.rs) defines the constants; these the compile check tries:
 // variant: -DHEAD=64 -DWINDOW=0 -DDOCUMENTS=0
 // variant: -DHEAD=64 -DWINDOW=1 -DDOCUMENTS=1
 // variant: -DHEAD=16 -DWINDOW=1 -DDOCUMENTS=1

@@ -25,8 +25,13 @@ fn random_tensor<B: Plain, const D: usize>(
 }
 
 /// Batch, positions, heads, groups, size and rotated channels.
-const CASES: [[usize; 6]; 4] =
-    [[2, 100, 4, 2, 64, 64], [3, 33, 2, 2, 32, 8], [1, 130, 8, 1, 128, 0], [2, 5, 2, 1, 10, 4]];
+const CASES: [[usize; 6]; 5] = [
+    [2, 100, 4, 2, 64, 64],
+    [3, 33, 2, 2, 32, 8],
+    [1, 130, 8, 1, 128, 0],
+    [2, 5, 2, 1, 10, 4],
+    [2, 70, 4, 2, 16, 16],
+];
 
 struct AgainstItsParts;
 

@@ -13,6 +13,7 @@ const COMMON: &[(&str, &str)] = &[
     ("common/pack.cuh", include_str!("../../cuda/common/pack.cuh")),
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
     ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
+    ("common/attention_exact.cuh", include_str!("../../cuda/common/attention_exact.cuh")),
     ("common/product.cuh", include_str!("../../cuda/common/product.cuh")),
 ];
 
