@@ -8,11 +8,11 @@
 //     queries of a head and walks over the key blocks that they see.
 //   attention_exact_backward_keys: gk and gv. Grid (b g, ceil(tk / ROWS)): a block takes ROWS keys of a group and walks
 //     over the query blocks that see them, head after head of the group.
-// Each block computes the scores that it needs anew: seven products for the five of the formula, but no sum over blocks.
+// Each block computes the scores that it needs anew: seven products for the formula's five, but no sum over blocks.
 // Layout: q f32 [b, tq, h, HEAD], k, v f32 [b, tk, g, HEAD] and gv, likewise, by strides; y, gy, gq like q, gk like k,
 // dense; lse, delta f32 [b, h, tq], starts i32 [b, tk], dense. Head i reads group i / (h / g).
-// Invariants: every element of gq, delta, gk and gv is written exactly once; a warp's scores are read by that warp only;
-// a tile is overwritten only after a barrier that follows its last use, its copy shown by another before the next.
+// Invariants: every element of gq, delta, gk and gv is written exactly once; a warp's scores are read by it only; a tile
+// is overwritten only after a barrier that follows its last use, its copy shown by another before the next.
 // Numerics: f32 throughout; sums ascending over channels, keys, queries and heads: equal bits every time.
 //
 // The launcher (src/backend/cuda_attention_exact.rs) defines the constants; these the compile check tries:

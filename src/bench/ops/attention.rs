@@ -16,13 +16,14 @@ struct Sizes {
 /// Over the tokens of the other timings in sequences of two lengths, as far as there are two of them; the reference at the
 /// first only, as it takes long. Where activations are narrower than f32, in f32 too, over fewer tokens.
 pub(super) fn time<P: Plain>(bench: &mut Bench<'_, P>) -> Result<()> {
+    let dtype = bench.dtype;
     for (time, heads, groups, size) in [(1024, 8, 4, 64), (4096, 8, 4, 64), (4096, 4, 2, 128)] {
         let batch = bench.rows / time;
         if batch >= 2 {
-            time_one(bench, Sizes { batch, time, heads, groups, size }, bench.dtype)?;
+            time_one(bench, Sizes { batch, time, heads, groups, size }, dtype)?;
         }
     }
-    if bench.dtype == DType::BF16 && bench.rows >= 8 * 1024 {
+    if dtype == DType::BF16 && bench.rows >= 8 * 1024 {
         let sizes = Sizes { batch: 8, time: 1024, heads: 8, groups: 4, size: 64 };
         time_one(bench, sizes, DType::F32)?;
     }
