@@ -9,8 +9,8 @@
 //   attention_exact_backward_keys: gk and gv. Grid (b g, ceil(tk / ROWS)): a block takes ROWS keys of a group and walks
 //     over the query blocks that see them, head after head of the group.
 // Each block computes the scores that it needs anew: seven products for the formula's five, but no sum over blocks.
-// Layout: q f32 [b, tq, h, HEAD], k, v f32 [b, tk, g, HEAD] and gv, likewise, by strides; y, gy, gq like q, gk like k,
-// dense; lse, delta f32 [b, h, tq], starts i32 [b, tk], dense. Head i reads group i / (h / g).
+// Layout: q f32 [b, tq, h, HEAD], k, v and gv f32 [b, tk, g, HEAD] by strides; y, gy, gq like q, gk like k, dense;
+// lse, delta f32 [b, h, tq], starts i32 [b, tk], dense. Head i reads group i / (h / g).
 // Invariants: every element of gq, delta, gk and gv is written exactly once; a warp's scores are read by it only; a tile
 // is overwritten only after a barrier that follows its last use, its copy shown by another before the next.
 // Numerics: f32 throughout; sums ascending over channels, keys, queries and heads: equal bits every time.
