@@ -301,12 +301,13 @@ fn random_tensor<B: Plain, const D: usize>(
 }
 
 /// Batch, positions, heads, groups, size and rotated channels.
-const CASES: [[usize; 6]; 5] = [
+const CASES: [[usize; 6]; 6] = [
     [2, 100, 4, 2, 64, 64],
     [3, 33, 2, 2, 32, 8],
     [1, 130, 8, 1, 128, 0],
     [2, 5, 2, 1, 10, 4],
     [2, 65, 4, 2, 32, 32],
+    [2, 70, 4, 2, 16, 16],
 ];
 
 /// Through the tape, from the projections' input to their weights: the same bits as the parts one after the other,

@@ -1,13 +1,13 @@
 //! Attention on Hopper: how `cuda/attention_forward.cu`, `cuda/attention_rows.cu` and `cuda/attention_backward.cu` are
-//! launched. bf16 heads of 32, 64 or 128 channels; anything else is the reference's.
+//! launched. bf16 heads of 32, 64 or 128 channels; f32 is `cuda_attention_exact`'s, anything else the reference's.
 
 use super::cuda::Cuda;
 use super::launch_cuda::{
     Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch, launch_strided,
 };
-use super::probe_cuda;
 use super::source::Source;
 use super::tensor::{copied, dense, empty, primitive, tensor};
+use super::{cuda_attention_exact, probe_cuda};
 use crate::ops::AttentionOps;
 use crate::ops::attention::{self, Attended, Mask};
 use burn::tensor::{DType, Tensor};
@@ -35,10 +35,13 @@ impl AttentionOps for Cuda {
         mask: &Mask<Self>,
         scale: f64,
     ) -> (Tensor<Self, 4>, Option<Tensor<Self, 3>>) {
-        let Some(call) = Call::new([&q, &k, &v], mask, scale) else {
+        let [y, log_sums] = if let Some(call) = Call::new([&q, &k, &v], mask, scale) {
+            call.forward([q, k, v].map(Heads::new))
+        } else if let Some(call) = cuda_attention_exact::takes([&q, &k, &v], mask, scale) {
+            cuda_attention_exact::forward(&call, [q, k, v])
+        } else {
             return (attention::forward(q, k, v, mask, scale), None);
         };
-        let (y, log_sums) = call.forward([q, k, v].map(Heads::new));
         (tensor(y), Some(tensor(log_sums)))
     }
 
@@ -64,18 +67,19 @@ pub(super) fn backward_into(
     scale: f64,
     place: Option<CubeTensor<CudaRuntime>>,
 ) -> Option<[CubeTensor<CudaRuntime>; 3]> {
-    let call = Call::new([&attended.q, &attended.k, &attended.v], mask, scale)?;
+    let inputs = [&attended.q, &attended.k, &attended.v];
     let log_sums = attended.log_sums.clone()?;
+    let Some(call) = Call::new(inputs, mask, scale) else {
+        let call = cuda_attention_exact::takes(inputs, mask, scale)?;
+        return cuda_attention_exact::backward(&call, attended, log_sums, grad.clone(), place);
+    };
     let place = match place {
         Some(place) => Some(Heads::at(place)?),
         None => None,
     };
     let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
-    let [y, grad] = [attended.y.clone(), grad].map(|x| {
-        let x = dense(x);
-        if is_aligned(&x) { x } else { copied(x) }
-    });
-    let inputs = [&attended.q, &attended.k, &attended.v].map(|x| Heads::new(x.clone()));
+    let [y, grad] = [attended.y.clone(), grad].map(aligned);
+    let inputs = inputs.map(|x| Heads::new(x.clone()));
     Some(call.backward(inputs, &y, &grad, &dense(log_sums), place))
 }
 
@@ -122,16 +126,19 @@ pub(super) fn normed_backward_into(
     let [q, k, v] = places.map(Heads::at);
     let places = [Some(q?), Some(k?), Some(v?)];
     let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
-    let [y, grad] = [attended.y.clone(), grad].map(|x| {
-        let x = dense(x);
-        if is_aligned(&x) { x } else { copied(x) }
-    });
+    let [y, grad] = [attended.y.clone(), grad].map(aligned);
     let inputs = inputs.map(|x| Heads::new(x.clone()));
     Some(call.backward_to(inputs, &y, &grad, &dense(log_sums), places, Some(norm)))
 }
 
+/// Dense heads that begin at a multiple of 16 bytes.
+pub(super) fn aligned(x: Tensor<Cuda, 4>) -> CubeTensor<CudaRuntime> {
+    let x = dense(x);
+    if is_aligned(&x) { x } else { copied(x) }
+}
+
 /// Whether the tensor begins at a multiple of 16 bytes.
-fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
+pub(super) fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
     x.handle.offset_start.unwrap_or(0).is_multiple_of(16)
 }
 
@@ -194,32 +201,40 @@ impl Heads {
     }
 }
 
-/// Sizes and mask of a call that the kernels take.
-struct Call {
-    batch: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    groups: usize,
-    size: usize,
-    scale: f32,
-    window: Option<usize>,
-    starts: Option<CubeTensor<CudaRuntime>>,
+/// Sizes and mask of a call that kernels take.
+pub(super) struct Call {
+    pub(super) batch: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) heads: usize,
+    pub(super) groups: usize,
+    pub(super) size: usize,
+    pub(super) scale: f32,
+    pub(super) window: Option<usize>,
+    pub(super) starts: Option<CubeTensor<CudaRuntime>>,
 }
 
 impl Call {
-    fn new([q, k, v]: [&Tensor<Cuda, 4>; 3], mask: &Mask<Cuda>, scale: f64) -> Option<Self> {
-        let ([batch, queries, heads, size], [_, keys, groups, _]) = (q.dims(), k.dims());
+    /// A call that the kernels for bf16 on Hopper take.
+    fn new(inputs: [&Tensor<Cuda, 4>; 3], mask: &Mask<Cuda>, scale: f64) -> Option<Self> {
+        let [q, k, v] = inputs;
+        let ([batch, queries, heads, size], [_, _, groups, _]) = (q.dims(), k.dims());
         let is_bf16 = [q, k, v].iter().all(|x| x.dtype() == DType::BF16);
         let fits = probe_cuda::is_hopper(q.device().index)
             && is_bf16
             && matches!(size, 32 | 64 | 128)
-            && queries.min(batch).min(groups) > 0
-            && queries <= keys
-            && heads.is_multiple_of(groups)
             && batch < 1 << 16
             && groups < 1 << 16
-            && queries.div_ceil(64) * batch * heads < 1 << 31
+            && queries.div_ceil(64) * batch * heads < 1 << 31;
+        fits.then(|| Self::of(inputs, mask, scale)).flatten()
+    }
+
+    /// A call of sizes that kernels take: all of them.
+    pub(super) fn of([q, k, _]: [&Tensor<Cuda, 4>; 3], mask: &Mask<Cuda>, scale: f64) -> Option<Self> {
+        let ([batch, queries, heads, size], [_, keys, groups, _]) = (q.dims(), k.dims());
+        let fits = queries.min(batch).min(groups) > 0
+            && queries <= keys
+            && heads.is_multiple_of(groups)
             && keys < 1 << 30
             && scale > 0.0
             && mask.window != Some(0);
@@ -241,7 +256,13 @@ impl Call {
         Some(Self { batch, queries, keys, heads, groups, size, scale: scale as f32, window, starts })
     }
 
-    fn kernel(&self, source: &'static Source, entry: &'static str, block: u32, shared: usize) -> CudaKernel {
+    pub(super) fn kernel(
+        &self,
+        source: &'static Source,
+        entry: &'static str,
+        block: u32,
+        shared: usize,
+    ) -> CudaKernel {
         let flag = |on: bool| u8::from(on).to_string();
         let constants = vec![
             ("HEAD", self.size.to_string()),
@@ -295,7 +316,7 @@ impl Call {
     }
 
     /// Operations of one product of queries with the keys that they see (all of a document's, with documents).
-    fn product(&self) -> f64 {
+    pub(super) fn product(&self) -> f64 {
         let seen =
             |query: usize| (query + 1 + self.keys - self.queries).min(self.window.unwrap_or(self.keys));
         let pairs: usize = (0..self.queries).map(seen).sum();
@@ -303,7 +324,7 @@ impl Call {
     }
 
     /// `y` and the logarithms of the sums.
-    fn forward(&self, [q, k, v]: [Heads; 3]) -> (CubeTensor<CudaRuntime>, CubeTensor<CudaRuntime>) {
+    fn forward(&self, [q, k, v]: [Heads; 3]) -> [CubeTensor<CudaRuntime>; 2] {
         let y = q.like(q.shape);
         let log_sums = empty(&q.tensor, [self.batch, self.heads, self.queries], DType::F32);
         let multiprocessors =
@@ -317,7 +338,7 @@ impl Call {
             Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations: 2.0 * self.product() };
         launch(kernel, [tiles.min(multiprocessors) as u32, 1, 1], arguments);
         drop(maps);
-        (y.tensor, log_sums)
+        [y.tensor, log_sums]
     }
 
     /// The gradients of `q`, `k` and `v`, that of `v` in its place if it has one.

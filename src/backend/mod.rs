@@ -13,6 +13,7 @@ pub mod wgpu;
 
 mod cuda_activation;
 mod cuda_attention;
+mod cuda_attention_exact;
 mod cuda_cross_entropy;
 mod cuda_embedding;
 mod cuda_linear;

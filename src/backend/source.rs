@@ -15,6 +15,7 @@ const COMMON: &[(&str, &str)] = &[
     ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
     ("common/attention_order.cuh", include_str!("../../cuda/common/attention_order.cuh")),
     ("common/attention_norm.cuh", include_str!("../../cuda/common/attention_norm.cuh")),
+    ("common/attention_exact.cuh", include_str!("../../cuda/common/attention_exact.cuh")),
     ("common/product.cuh", include_str!("../../cuda/common/product.cuh")),
     ("common/epilogue_qk_norm.cuh", include_str!("../../cuda/common/epilogue_qk_norm.cuh")),
 ];
