@@ -15,6 +15,7 @@ mod cuda_activation;
 mod cuda_attention;
 mod cuda_cross_entropy;
 mod cuda_embedding;
+mod cuda_gated;
 mod cuda_linear;
 mod cuda_matmul;
 mod cuda_newton_schulz;

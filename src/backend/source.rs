@@ -14,6 +14,7 @@ const COMMON: &[(&str, &str)] = &[
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
     ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
     ("common/product.cuh", include_str!("../../cuda/common/product.cuh")),
+    ("common/gated.cuh", include_str!("../../cuda/common/gated.cuh")),
 ];
 
 /// One kernel file.
