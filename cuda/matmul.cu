@@ -14,6 +14,10 @@
 //   2  x 2 sqrt(e): the backward of 1 on an input gradient, e being 1's output
 //   3  leaky_relu(x)^2 with SLOPE below zero; e is written too: x itself, which the backward needs
 //   4  x 2 (e < 0 ? SLOPE^2 e : e): the backward of 3, e being what 3 wrote there
+//   6  e + scale[n] x, the scales of type SCALE in a buffer after the others; or e + x, without SCALE
+//   7, 8, 10  gated pairs (common/gated.cuh; `matmul` only, z is 1): for 7 and 10 b is [2, n, k], for 7 and 8 e is
+//      [2, m, n], and so is c for 8, as their tensor maps have them. A tile of 7 and 10 is TILE_N / 2 columns of c
+//   9  CAP tanh(x / CAP)
 //
 // Entries:
 //   matmul      (if TILE_N is defined) wants rows of a, b, c and e of a multiple of 16 bytes, for the copy engine
@@ -51,17 +55,31 @@
 // variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=4 -DSLOPE=5e-1f
 // variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
 // variant: -DTILE_N=192 -DSTAGES=4 -DSTAGING=3 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6 -DSCALE=__nv_bfloat16
+// variant: -DTILE_N=192 -DSTAGES=4 -DSTAGING=3 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6 -DSCALE=float
+// variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=7
+// variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=7
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=10
+// variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=10
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=8
+// variant: -DTILE_N=128 -DSTAGES=6 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=8
+// variant: -DTILE_N=256 -DSTAGES=4 -DSTAGING=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=float -DEPILOGUE=9 -DCAP=3e1f
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DA_K_MAJOR=0 -DB_K_MAJOR=0 -DOUT=float -DEPILOGUE=0
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=4 -DSLOPE=5e-1f
+// variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6 -DSCALE=__nv_bfloat16
+// variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=float -DEPILOGUE=9 -DCAP=3e1f
 
 #include <cuda_bf16.h>
 #include "common/hopper.cuh"
 #include "common/product.cuh"
 
 #ifdef TILE_N
+
+#include "common/gated.cuh"
 
 #define TILE_M 128
 #define A_BOXES (TILE_M / 64) // of a slice
@@ -72,6 +90,7 @@
 #define SHARED_BYTES (1024 + STAGES * (SLICE + 16) + WARPS * (STAGING * CHUNK + 8))
 
 static_assert(TILE_N % 64 == 0 && CHUNKS % STAGING == 0, "a form of tile");
+static_assert(!(GATES || UNGATES) || (TILE_N % 128 == 0 && STAGING == 2 && sizeof(OUT) == 2), "a form of pairs");
 static_assert(SHARED_BYTES <= 232448, "what a block may have");
 
 struct Scalars {
@@ -86,7 +105,7 @@ struct Walk {
 
     __device__ __forceinline__ explicit Walk(const Scalars &s) {
         rows = (u32)((s.m + TILE_M - 1) / TILE_M);
-        columns = (u32)((s.n + TILE_N - 1) / TILE_N);
+        columns = (u32)((s.n + TILE_COLUMNS - 1) / TILE_COLUMNS);
         splits = (u32)s.splits;
         slices = (u32)((s.k + DEPTH - 1) / DEPTH);
         total = rows * columns * splits * (u32)s.batches;
@@ -101,7 +120,7 @@ struct Walk {
         const u32 height = min(GROUP, rows - group * GROUP);
         column = index / height;
         row = (group * GROUP + index - column * height) * TILE_M;
-        column *= TILE_N;
+        column *= TILE_COLUMNS;
     }
 
     // The first slice of a tile's part of k, which has every `splits`-th. No division where k is whole: the
@@ -150,8 +169,8 @@ __device__ __forceinline__ void fetch(const TensorMap &a_map, const TensorMap &b
             }
 #pragma unroll
             for (int i = 0; i < B_BOXES; i++) {
-                const u32 n = column + i * 64;
-                copy_in(b + i * BOX, b_map, full, B_K_MAJOR ? k : n, B_K_MAJOR ? n : k, batch);
+                const u32 half = GATES ? i / (B_BOXES / 2) : 0, n = column + i * 64 - half * TILE_COLUMNS;
+                copy_in(b + i * BOX, b_map, full, B_K_MAJOR ? k : n, B_K_MAJOR ? n : k, GATES ? half : batch);
             }
             ring.advance();
         }
@@ -168,8 +187,8 @@ __device__ __forceinline__ void fetch_extra(const TensorMap &e_map, u32 staging,
 }
 
 // Multiplies what arrives in the ring and writes the tiles; a warpgroup.
-__device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap &e_map, const Walk &walk,
-                                         const Scalars &s, Ring ring) {
+__device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap &e_map, const void *scale,
+                                         const Walk &walk, const Scalars &s, Ring ring) {
     constexpr u32 a_step = A_K_MAJOR ? 2 : 128, b_step = B_K_MAJOR ? 2 : 128; // of 16 along k, in 16 bytes
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
     const u32 staging = ring.staging + warp * STAGING * CHUNK, extra = ring.extra + warp * 8;
@@ -191,7 +210,13 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
             if (slice == first) { // the divisions run beside the products
                 walk.place(index, part, row, column);
                 row += group * 64 + warp % 4 * 16;
-                if (READS_E && lane == 0) fetch_extra(e_map, staging, extra, column, row, part);
+                if (READS_E && lane == 0) {
+                    if (UNGATES) {
+                        fetch_pair(e_map, staging, extra, column, row);
+                    } else {
+                        fetch_extra(e_map, staging, extra, column, row, part);
+                    }
+                }
                 __syncwarp();
             }
             product_wait<1>();
@@ -205,8 +230,25 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < TILE_N / 2; i++) asm volatile("" : "+f"(d[i])::"memory"); // no use before the wait
+#ifdef SCALE
+        scale_columns(d, static_cast<const SCALE *>(scale), column, s.n, lane);
+#endif
+        if constexpr (GATES) {
+            write_gated(d, c_map, e_map, staging, column, row, s.m, s.n, lane);
+            continue;
+        }
+        constexpr int step = UNGATES ? 1 : STAGING;
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk += STAGING) {
+        for (int chunk = 0; chunk < CHUNKS; chunk += step) {
+            if constexpr (UNGATES) {
+                const u32 at = column + chunk * COLUMNS;
+                if (chunk > 0 && lane == 0) fetch_pair(e_map, staging, extra, at, row);
+                __syncwarp();
+                barrier_wait(extra, extra_parity);
+                extra_parity ^= 1;
+                write_ungated(d + chunk * (COLUMNS / 2), c_map, staging, at, row, s.m, s.n, lane);
+                continue;
+            }
             if constexpr (READS_E) {
                 if (chunk > 0 && lane == 0) {
                     fetch_extra(e_map, staging, extra, column + chunk * COLUMNS, row, part);
@@ -239,9 +281,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #else
            const bf16 *, const bf16 *, OUT *,
 #endif
+#ifdef SCALE
+           const SCALE *scale,
+#endif
            const __grid_constant__ Scalars s) {
 #if !HAS_E
     const TensorMap &e_map = c_map; // not used
+#endif
+#ifndef SCALE
+    const void *scale = nullptr;
 #endif
     extern __shared__ unsigned char shared[];
     const Ring ring(shared_address(shared));
@@ -263,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (threadIdx.x == 0) fetch(a_map, b_map, walk, ring);
     } else {
         registers_up<232>();
-        multiply(c_map, e_map, walk, s, ring);
+        multiply(c_map, e_map, scale, walk, s, ring);
     }
 }
 
@@ -297,6 +345,9 @@ extern "C" __global__ void __launch_bounds__(128)
     matmul_any(const bf16 *__restrict__ a, const bf16 *__restrict__ b, OUT *__restrict__ c,
 #if HAS_E
                OUT *__restrict__ e,
+#endif
+#ifdef SCALE
+               const SCALE *__restrict__ scale,
 #endif
                const __grid_constant__ Scalars s) {
     __shared__ __align__(16) bf16 a_tile[ANY_TILE][PITCH], b_tile[ANY_TILE][PITCH];
@@ -358,6 +409,9 @@ extern "C" __global__ void __launch_bounds__(128)
 #endif
 #if WRITES_E
         from_float(e[blockIdx.z * s.m * s.n + r * s.n + q], d[i][j][part]);
+#endif
+#ifdef SCALE
+        d[i][j][part] *= (float)scale[q];
 #endif
         from_float(c[r * s.n + q], epilogue(d[i][j][part], other));
     }

@@ -25,8 +25,8 @@
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=1 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=0
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=1 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=1
-// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=2
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=3 -DSLOPE=5e-1f
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=4 -DSLOPE=5e-1f
@@ -39,6 +39,11 @@
 // variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=5 -DHEAD=128 -DHALF=64 -DGAIN=0
 // variant: -DROWS=128 -DTILE_N=128 -DPANEL=0 -DSTAGES=5 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=0
 // variant: -DROWS=128 -DTILE_N=128 -DPANEL=0 -DSTAGES=5 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=0
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6 -DSCALE=__nv_bfloat16
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=2 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=7
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=8 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=10
+// variant: -DROWS=64 -DTILE_N=128 -DPANEL=8 -DSTAGES=4 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=0 -DOUT=__nv_bfloat16 -DEPILOGUE=8
+// variant: -DROWS=128 -DTILE_N=128 -DPANEL=0 -DSTAGES=5 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6 -DSCALE=__nv_bfloat16
 
 #include <cuda_bf16.h>
 #include "common/hopper.cuh"
@@ -46,17 +51,20 @@
 #if EPILOGUE == 5
 #include "common/epilogue_qk_norm.cuh"
 #endif
+#include "common/gated.cuh"
 
 #define HALVES (ROWS / 64)
 #define B_BOXES (TILE_N / 64)
 #define PANEL_SLICE (B_BOXES * BOX)
 #define SLICE (HALVES * BOX + (PANEL ? 0 : PANEL_SLICE)) // of the ring
 #define WARPS 8                                          // that multiply
-#define BUFFERS (HALVES * CHUNKS)                        // of such a warp, for its rows of c, and of e before
+#define SIDES (UNGATES ? 2 : 1)                          // of e and c
+#define BUFFERS (HALVES * CHUNKS * SIDES)                // of such a warp, for its rows of c, and of e before
 #define SHARED_BYTES (1024 + PANEL * (PANEL_SLICE + 8) + STAGES * (SLICE + 16) + WARPS * (BUFFERS * CHUNK + 8))
 
 static_assert(ROWS % 64 == 0 && TILE_N % 64 == 0, "a form of tile");
 static_assert(SHARED_BYTES <= 232448, "what a block may have");
+static_assert(!(GATES || UNGATES) || (TILE_N % 128 == 0 && sizeof(OUT) == 2), "a form of pairs");
 
 struct Scalars {
     u64 m, n, k;
@@ -75,7 +83,7 @@ struct Walk {
 
     __device__ __forceinline__ explicit Walk(const Scalars &s) {
         rows = (u32)((s.m + ROWS - 1) / ROWS);
-        columns = (u32)((s.n + TILE_N - 1) / TILE_N);
+        columns = (u32)((s.n + TILE_COLUMNS - 1) / TILE_COLUMNS);
         slices = (u32)((s.k + DEPTH - 1) / DEPTH);
         panels = columns * (u32)s.batches;
         step = max(gridDim.x / panels, 1u);
@@ -117,8 +125,8 @@ struct Ring {
 __device__ __forceinline__ void fetch_b(const TensorMap &b_map, u32 to, u32 full, u32 column, u32 k, u32 batch) {
 #pragma unroll
     for (int i = 0; i < B_BOXES; i++) {
-        const u32 n = column + i * 64;
-        copy_in(to + i * BOX, b_map, full, B_K_MAJOR ? k : n, B_K_MAJOR ? n : k, batch);
+        const u32 half = GATES ? i / (B_BOXES / 2) : 0, n = column + i * 64 - half * TILE_COLUMNS;
+        copy_in(to + i * BOX, b_map, full, B_K_MAJOR ? k : n, B_K_MAJOR ? n : k, GATES ? half : batch);
     }
 }
 
@@ -126,7 +134,7 @@ __device__ __forceinline__ void fetch_b(const TensorMap &b_map, u32 to, u32 full
 __device__ __forceinline__ void fetch(const TensorMap &a_map, const TensorMap &b_map, const Walk &walk, Ring ring) {
     if (walk.total == 0) return;
     for (u32 panel = walk.panel0; panel < walk.panels; panel += gridDim.x) {
-        const u32 batch = panel / walk.columns, column = (panel - batch * walk.columns) * TILE_N;
+        const u32 batch = panel / walk.columns, column = (panel - batch * walk.columns) * TILE_COLUMNS;
         if (PANEL) { // once all slices are released, so is the panel before
             Ring all = ring;
             for (int i = 0; i < STAGES; i++, all.advance()) barrier_wait(all.empty + all.stage * 8, all.parity ^ 1);
@@ -146,7 +154,7 @@ __device__ __forceinline__ void fetch(const TensorMap &a_map, const TensorMap &b
                     const u32 m = row * ROWS + i * 64;
                     copy_in(a + i * BOX, a_map, full, A_K_MAJOR ? k : m, A_K_MAJOR ? m : k, batch);
                 }
-                if (AHEAD && slice % walk.columns == column / TILE_N) { // the blocks of a row share its slices
+                if (AHEAD && slice % walk.columns == column / TILE_COLUMNS) { // the blocks of a row share its slices
 #pragma unroll
                     for (int i = 0; i < HALVES; i++) {
                         const u32 m = (row + AHEAD * walk.step) * ROWS + i * 64;
@@ -161,7 +169,8 @@ __device__ __forceinline__ void fetch(const TensorMap &a_map, const TensorMap &b
 }
 
 // Multiplies every second tile of the block and writes it; a warpgroup.
-__device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap &e_map, const Walk &walk,
+__device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap &e_map, const void *scale,
+                                         const Walk &walk,
 #if EPILOGUE == 5
                                          Heads heads,
 #endif
@@ -174,7 +183,7 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
     ring.skip(group * walk.slices);
     for (u32 index = group; index < walk.total; index += 2) {
         const u32 ordinal = index / walk.mine, panel = walk.panel0 + ordinal * gridDim.x, part = panel / walk.columns;
-        const u32 column = (panel - part * walk.columns) * TILE_N;
+        const u32 column = (panel - part * walk.columns) * TILE_COLUMNS;
         const u32 row = (walk.row0 + (index - ordinal * walk.mine) * walk.step) * ROWS + warp % 4 * 16;
         if (READS_E) {
             if (lane == 0) {
@@ -182,8 +191,9 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
                 barrier_expect(extra, BUFFERS * CHUNK);
 #pragma unroll
                 for (int i = 0; i < BUFFERS; i++) {
-                    const u32 x = column + i % CHUNKS * COLUMNS, y = row + i / CHUNKS * 64;
-                    copy_in(staging + i * CHUNK, e_map, extra, x, y, part);
+                    const int chunk = i / SIDES;
+                    const u32 x = column + chunk % CHUNKS * COLUMNS, y = row + chunk / CHUNKS * 64;
+                    copy_in(staging + i * CHUNK, e_map, extra, x, y, UNGATES ? i % SIDES : part);
                 }
             }
             __syncwarp();
@@ -223,6 +233,10 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
 #pragma unroll
         for (int i = 0; i < HALVES; i++) pin(d[i]);
         ring.skip(walk.slices); // the other's
+#ifdef SCALE
+#pragma unroll
+        for (int i = 0; i < HALVES; i++) scale_columns(d[i], static_cast<const SCALE *>(scale), column, s.n, lane);
+#endif
         if (READS_E) {
             barrier_wait(extra, extra_parity);
             extra_parity ^= 1;
@@ -232,10 +246,20 @@ __device__ __forceinline__ void multiply(const TensorMap &c_map, const TensorMap
         }
 #pragma unroll
         for (int i = 0; i < HALVES; i++) {
-            const u32 buffers = staging + i * CHUNKS * CHUNK;
-            write_chunks<false, CHUNKS>(d[i], c_map, buffers, column, row + i * 64, part, s.m, s.n, lane);
+            const u32 y = row + i * 64;
+            if constexpr (GATES) {
+                write_gated(d[i], c_map, e_map, staging + i * 2 * CHUNK, column, y, s.m, s.n, lane);
+            } else if constexpr (UNGATES) {
+#pragma unroll
+                for (int j = 0; j < CHUNKS; j++) {
+                    const u32 buffers = staging + (i * CHUNKS + j) * 2 * CHUNK;
+                    write_ungated(d[i] + j * (COLUMNS / 2), c_map, buffers, column + j * COLUMNS, y, s.m, s.n, lane);
+                }
+            } else {
+                write_chunks<false, CHUNKS>(d[i], c_map, staging + i * CHUNKS * CHUNK, column, y, part, s.m, s.n, lane);
+            }
         }
-        if constexpr (WRITES_E) {
+        if constexpr (WRITES_E && !GATES) {
             if (lane == 0) copy_out_wait();
             __syncwarp();
 #pragma unroll
@@ -268,9 +292,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if EPILOGUE == 5
                     HEAD_PARAMETERS
 #endif
+#ifdef SCALE
+                    const SCALE *scale,
+#endif
                     const __grid_constant__ Scalars s) {
 #if !HAS_E
     const TensorMap &e_map = c_map; // not used
+#endif
+#ifndef SCALE
+    const void *scale = nullptr;
 #endif
     extern __shared__ unsigned char shared[];
     const Ring ring(shared_address(shared));
@@ -294,9 +324,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     } else {
         registers_up<232>();
 #if EPILOGUE == 5
-        multiply(c_map, e_map, walk, Heads(s.heads, cosines, sines, HEAD_GAINS), s, ring);
+        multiply(c_map, e_map, scale, walk, Heads(s.heads, cosines, sines, HEAD_GAINS), s, ring);
 #else
-        multiply(c_map, e_map, walk, s, ring);
+        multiply(c_map, e_map, scale, walk, s, ring);
 #endif
     }
 }

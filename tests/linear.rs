@@ -1,5 +1,5 @@
-//! Linear layers on every device: one projection, several of one input, the squared MLP; forward and backward against
-//! f64 on the host, with gradients that add up and inputs that are views.
+//! Linear layers on every device: one projection, several of one input; forward and backward against f64 on the host, with
+//! gradients that add up and inputs that are views.
 //!
 //! Tolerance (DESIGN.md, parity rule): twice the error of the same computation in f64 on the host with each intermediate
 //! rounded to the device's precision, at least twice the distance between neighbouring numbers of the tensor's own type,
@@ -8,146 +8,15 @@
 
 mod common;
 
-use burn::tensor::{DType, Tensor, TensorData};
-use common::{Random, all_pass, download, epsilon, round, targets, worst};
+use burn::tensor::{DType, Tensor};
+use common::matrix::{Ledger, Matrix, PERIOD, grad, poison};
+use common::{all_pass, download, round, targets};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
 use fairway::ops::update::Updated;
 use fairway::ops::weight_form::WeightForm;
-use fairway::ops::{ActivationOps, Autodiff, LinearOps, MlpOps, Param, Plain, accumulate_type};
-
-/// A matrix on the host.
-#[derive(Debug, Clone, PartialEq)]
-struct Matrix {
-    rows: usize,
-    columns: usize,
-    at: Vec<f64>,
-}
-
-impl Matrix {
-    fn random(rows: usize, columns: usize, scale: f64, precision: Precision, seed: u64) -> Self {
-        let mut random = Random(seed);
-        let at = (0..rows * columns).map(|_| round(random.uniform() * scale, precision)).collect();
-        Self { rows, columns, at }
-    }
-
-    fn transposed(&self) -> Self {
-        let at = (0..self.at.len()).map(|i| self.at[i % self.rows * self.columns + i / self.rows]).collect();
-        Self { rows: self.columns, columns: self.rows, at }
-    }
-
-    fn times(&self, other: &Self) -> Self {
-        assert_eq!(self.columns, other.rows);
-        let mut at = vec![0.0; self.rows * other.columns];
-        for (row, out) in self.at.chunks(self.columns).zip(at.chunks_mut(other.columns)) {
-            for (x, other) in row.iter().zip(other.at.chunks(other.columns)) {
-                out.iter_mut().zip(other).for_each(|(out, w)| *out += x * w);
-            }
-        }
-        Self { rows: self.rows, columns: other.columns, at }
-    }
-
-    /// So many rows: these again and again.
-    fn repeated(&self, rows: usize) -> Self {
-        let at = self.at.iter().copied().cycle().take(rows * self.columns).collect();
-        Self { rows, columns: self.columns, at }
-    }
-
-    fn map(&self, f: impl Fn(f64) -> f64) -> Self {
-        Self { at: self.at.iter().map(|x| f(*x)).collect(), ..*self }
-    }
-
-    fn with(&self, other: &Self, f: impl Fn(f64, f64) -> f64) -> Self {
-        assert_eq!((self.rows, self.columns), (other.rows, other.columns));
-        Self { at: self.at.iter().zip(&other.at).map(|(a, b)| f(*a, *b)).collect(), ..*self }
-    }
-
-    fn plus(&self, other: &Self) -> Self {
-        self.with(other, |a, b| a + b)
-    }
-
-    /// The columns of several matrices side by side.
-    fn beside(parts: &[&Self]) -> Self {
-        let rows = parts[0].rows;
-        let row = |r: usize| parts.iter().flat_map(move |p| &p.at[r * p.columns..][..p.columns]).copied();
-        let at: Vec<f64> = (0..rows).flat_map(row).collect();
-        Self { rows, columns: at.len() / rows, at }
-    }
-
-    fn upload<B: Plain>(&self, device: &B::Device, dtype: DType) -> Tensor<B, 2> {
-        let shape = [self.rows, self.columns];
-        if dtype == DType::F64 {
-            return Tensor::from_data(TensorData::new(self.at.clone(), shape), (device, dtype));
-        }
-        let values: Vec<f32> = self.at.iter().map(|v| *v as f32).collect();
-        Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32)).cast(dtype)
-    }
-
-    /// On the device in columns `from..` of a wider matrix: a view where the device makes one.
-    fn upload_within<B: Plain>(&self, from: usize, device: &B::Device, dtype: DType) -> Tensor<B, 2> {
-        let side = Self { rows: self.rows, columns: from, at: vec![f64::NAN; self.rows * from] };
-        let wide = Self::beside(&[&side, self, &side]).upload::<B>(device, dtype);
-        wide.slice([0..self.rows, from..from + self.columns])
-    }
-
-    fn param<B: Plain>(&self, name: &str, device: &B::Device, dtype: DType) -> Param<B> {
-        let master = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        Param::new(name, self.upload::<B>(device, master), dtype)
-    }
-}
-
-fn grad<B: Plain>(w: &Param<B>) -> Vec<f64> {
-    download(w.grad::<2>().unwrap_or_else(|| panic!("no gradient of {}", w.name())))
-}
-
-/// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.
-fn poison<B: Plain>(elements: usize, device: &B::Device, dtype: DType) {
-    let types = [dtype, if dtype == DType::F64 { dtype } else { DType::F32 }];
-    let poison: Vec<Tensor<B, 1>> =
-        (0..6).map(|i| Tensor::full([elements], f32::NAN, (device, types[i % 2]))).collect();
-    drop(poison);
-}
-
-/// What a case has found: prints a line for each tensor, and knows whether all were within their tolerance.
-struct Ledger<'a> {
-    target: &'a Target,
-    case: String,
-    good: bool,
-}
-
-impl Ledger<'_> {
-    /// Holds `got` against `exact`; `rounded` is what the reference gives with rounded intermediates, `terms` the longest
-    /// sum behind an element.
-    fn check(&mut self, what: &str, got: &[f64], exact: &Matrix, rounded: &Matrix, terms: usize) {
-        let precision = self.target.precision;
-        // Gradients of weights are f32 where the activations are bf16.
-        let is_wide = what.contains("gw");
-        let square = exact.at.iter().map(|x| x * x).sum::<f64>() / exact.at.len() as f64;
-        let scale = square.sqrt().max(f64::MIN_POSITIVE);
-        assert_eq!(got.len(), exact.at.len(), "{what}");
-        let found = worst(got, &exact.at, exact.columns, |_| scale);
-        let reference = worst(&rounded.at, &exact.at, exact.columns, |_| scale).error;
-        // A sum of products of random signs, each partial sum rounded.
-        let unit = if precision == Precision::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
-        let each = if precision == Precision::Bf16 { 16.0 } else { 4.0 };
-        let own = if is_wide { unit } else { epsilon(precision) };
-        let tolerance = 2.0 * reference.max(own) + (each * (terms as f64).sqrt() + 16.0) * unit;
-        let within = found.error <= tolerance;
-        println!(
-            "{:>24} {what:<12} error {:.2e} of {tolerance:.2e}, {:>3.0}%  [{}, {}]: {:.7e}, expected {:.7e}{}",
-            self.case,
-            found.error,
-            100.0 * found.error / tolerance,
-            found.row,
-            found.column,
-            found.got,
-            found.expected,
-            if within { "" } else { "  FAILED" }
-        );
-        self.good &= within;
-    }
-}
+use fairway::ops::{Autodiff, LinearOps, Param, Plain, accumulate_type};
 
 /// Rows, inputs and outputs: for the copy engine and not, one tile and several, few rows and so many that a weight's
 /// gradient is split.
@@ -395,101 +264,6 @@ fn several_projections_agree_with_the_host() {
     all_pass(|| Many([5, 12, 7]));
 }
 
-struct Squared;
-
-impl Job for Squared {
-    type Output = bool;
-
-    fn run<B: Plain>(self, device: &B::Device, target: &Target) -> Result<bool> {
-        let precision = target.precision;
-        let (dtype, label) = (precision.dtype(), &target.label);
-        println!("\nsquared_mlp, {label} {precision}");
-        let mut good = true;
-        let shapes =
-            [[1, 8, 8, 8], [33, 13, 7, 5], [129, 72, 40, 24], [300, 64, 136, 64], [4200, 64, 200, 48]];
-        for (seed, [n, i, h, o]) in shapes.into_iter().enumerate() {
-            for slope in [0.0, 0.5, -0.25] {
-                let matrix = |rows, columns, scale: f64, k| {
-                    Matrix::random(rows, columns, scale, precision, 100 * seed as u64 + k)
-                };
-                let x = matrix(n, i, 1.0, 0);
-                let inner = matrix(h, i, (1.0 / i as f64).sqrt(), 1);
-                let last = matrix(o, h, (1.0 / h as f64).sqrt(), 2);
-                let grad_y = matrix(n, o, 1.0, 3);
-                // `to` rounds what the reference stores.
-                let pass = |to: &dyn Fn(Matrix) -> Matrix| {
-                    let before = to(x.times(&inner.transposed()));
-                    let hidden = to(before.map(|v| if v < 0.0 { slope * v } else { v }.powi(2)));
-                    let grad_hidden = to(grad_y.times(&last));
-                    let grad_before = grad_hidden
-                        .with(&before, |g, v| 2.0 * g * if v < 0.0 { slope * slope * v } else { v });
-                    let grad_before = to(grad_before);
-                    [
-                        to(hidden.times(&last.transposed())),
-                        to(grad_before.times(&inner)),
-                        grad_before.transposed().times(&x),
-                        grad_y.transposed().times(&hidden),
-                    ]
-                };
-                let exact = pass(&|m| m);
-                let rounded = pass(&|m| m.map(|v| round(v, precision)));
-
-                let (w1, w2) = (inner.param::<B>("w1", device, dtype), last.param::<B>("w2", device, dtype));
-                let (x, grad_y) = (x.upload::<B>(device, dtype), grad_y.upload::<B>(device, dtype));
-                let clear = || poison::<B>(n * (h + i + o) + h * i, device, dtype);
-                let both = || {
-                    clear();
-                    let (y, hidden) = B::squared_mlp_forward(x.clone(), &w1, &w2, slope);
-                    clear();
-                    let grad_x = B::squared_mlp_backward(x.clone(), hidden, &w1, &w2, slope, grad_y.clone());
-                    [download(y), download(grad_x), grad(&w1), grad(&w2)]
-                };
-                let case = format!("{n}x{i}x{h}x{o} slope {slope}");
-                let mut ledger = Ledger { target, case, good: true };
-                let found = both();
-                let terms = [h, h, n, n];
-                for (j, what) in ["y", "gx", "gw1", "gw2"].into_iter().enumerate() {
-                    ledger.check(what, &found[j], &exact[j], &rounded[j], terms[j]);
-                }
-                let [_, _, twice_1, twice_2] = both();
-                for (j, twice) in [(2, twice_1), (3, twice_2)] {
-                    let double = |m: &Matrix| m.map(|v| 2.0 * v);
-                    ledger.check("gw twice", &twice, &double(&exact[j]), &double(&rounded[j]), 2 * n);
-                }
-                for _ in 0..2 {
-                    w1.clear_grad();
-                    w2.clear_grad();
-                    assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
-                }
-
-                // Through the tape.
-                w1.clear_grad();
-                w2.clear_grad();
-                let tracked = Tensor::<Autodiff<B>, 2>::from_inner(x.clone()).require_grad();
-                let y = <Autodiff<B> as MlpOps>::squared_mlp(tracked.clone(), &w1, &w2, slope);
-                assert!(download(y.clone().inner()) == found[0], "{label} {precision}: y through the tape");
-                let grads = (y * Tensor::from_inner(grad_y.clone())).sum().backward();
-                let through = download(tracked.grad(&grads).expect("a gradient of x"));
-                assert!(
-                    [through, grad(&w1), grad(&w2)] == found[1..],
-                    "{label} {precision}: through the tape"
-                );
-                good &= ledger.good;
-            }
-        }
-        Ok(good)
-    }
-}
-
-#[test]
-fn the_squared_mlp_agrees_with_the_host() {
-    all_pass(|| Squared);
-}
-
-/// Rows of which the others are copies, so that the host multiplies few of many: shares no factor with the distances
-/// between a block's tiles.
-const PERIOD: usize = 17;
-
 /// Products of so many rows that the kernels for those take them, with tails: of bf16 `cuda/matmul_pingpong.cu`
 /// (`src/backend/cuda_pingpong.rs`) in all of its forms, of f32 `cuda/matmul_exact.cu` in large tiles.
 struct ManyRows;
@@ -557,60 +331,6 @@ impl ManyRows {
         }
         ledger.good
     }
-
-    /// The hidden rows of a squared MLP, and the gradient of its input, which has seen theirs.
-    fn squared<B: Plain>(
-        [n, i, h, o]: [usize; 4],
-        slopes: &[f64],
-        device: &B::Device,
-        target: &Target,
-    ) -> bool {
-        let (precision, label, dtype) = (target.precision, &target.label, target.precision.dtype());
-        let matrix = |rows, columns, scale: f64, seed| Matrix::random(rows, columns, scale, precision, seed);
-        let (x, grad_y) = (matrix(PERIOD, i, 1.0, 1), matrix(PERIOD, o, 1.0, 2));
-        let (inner, last) =
-            (matrix(h, i, (1.0 / i as f64).sqrt(), 3), matrix(o, h, (1.0 / h as f64).sqrt(), 4));
-        let (before, grad_hidden) = (x.times(&inner.transposed()), grad_y.times(&last));
-        let params = [&inner, &last].map(|w| w.param::<B>("w", device, dtype));
-        params.iter().for_each(|w| w.set_trainable(false));
-        let [w1, w2] = &params;
-        let [x, grad_y] = [x, grad_y].map(|m| m.repeated(n).upload::<B>(device, dtype));
-        let mut good = true;
-        for slope in slopes.iter().copied() {
-            // `to` rounds what the reference stores.
-            let pass = |to: &dyn Fn(Matrix) -> Matrix| {
-                let before = to(before.clone());
-                let activated = to(before.map(|v| if v < 0.0 { slope * v } else { v }.powi(2)));
-                let grad_before = to(grad_hidden.clone())
-                    .with(&before, |g, v| 2.0 * g * if v < 0.0 { slope * slope * v } else { v });
-                let grad_x = to(to(grad_before).times(&inner));
-                [before, activated, grad_x].map(|m| m.repeated(n))
-            };
-            let (exact, rounded) = (pass(&|m| m), pass(&|m| m.map(|v| round(v, precision))));
-            let both = || {
-                poison::<B>(n * h, device, dtype);
-                let (_, hidden) = B::squared_mlp_forward(x.clone(), w1, w2, slope);
-                let [before, activated] =
-                    [hidden.before.clone(), Some(hidden.activated.clone())].map(|m| m.map(download));
-                poison::<B>(n * h, device, dtype);
-                let grad_x = B::squared_mlp_backward(x.clone(), hidden, w1, w2, slope, grad_y.clone());
-                [before, activated, Some(download(grad_x))]
-            };
-            let case = format!("{n}x{i}x{h}x{o} slope {slope}");
-            let mut ledger = Ledger { target, case, good: true };
-            let found = both();
-            for (j, (what, terms)) in [("before", i), ("activated", i), ("gx", h)].into_iter().enumerate() {
-                if let Some(found) = &found[j] {
-                    ledger.check(what, found, &exact[j], &rounded[j], terms);
-                }
-            }
-            for _ in 0..2 {
-                assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
-            }
-            good &= ledger.good;
-        }
-        good
-    }
 }
 
 impl Job for ManyRows {
@@ -634,8 +354,6 @@ impl Job for ManyRows {
         for shape in shapes {
             good &= Self::project::<B>(shape, device, target);
         }
-        good &= Self::squared::<B>([8265, 264, 1016, 264], &[0.0, 0.5], device, target);
-        good &= Self::squared::<B>([5479, 264, 1544, 264], &[0.0], device, target);
         if target.precision == Precision::F32 {
             good &= Self::weight::<B>([8219, 1000, 500], device, target);
             good &= Self::weight::<B>([8201, 33, 65], device, target);
@@ -742,12 +460,12 @@ fn the_reference_is_the_composition() {
     let precision = Precision::F32;
     let matrix = |rows, columns, seed| Matrix::random(rows, columns, 1.0, precision, seed);
     let x = matrix(31, 24, 1).upload::<Cpu>(&device, DType::F32);
-    let params: Vec<Param<Cpu>> = [[40, 24], [16, 24], [16, 24], [24, 40]]
+    let params: Vec<Param<Cpu>> = [[40, 24], [16, 24], [16, 24]]
         .into_iter()
         .zip(2..)
         .map(|([o, i], seed)| matrix(o, i, seed).param::<Cpu>(&format!("w{seed}"), &device, DType::F32))
         .collect();
-    let [a, b, c, last] = &params[..] else { unreachable!("four weights") };
+    let [a, b, c] = &params[..] else { unreachable!("three weights") };
     let gradients = |f: &dyn Fn(Tensor<Tape, 2>) -> Tensor<Tape, 2>| {
         params.iter().for_each(Param::clear_grad);
         let tracked = Tensor::<Tape, 2>::from_inner(x.clone()).require_grad();
@@ -758,11 +476,6 @@ fn the_reference_is_the_composition() {
         found.extend(params.iter().filter_map(|w| Some(download(w.grad::<2>()?))));
         found
     };
-    for slope in [0.0, 0.5] {
-        let composed =
-            gradients(&|x| Tape::project(Tape::leaky_relu_squared(Tape::project(x, a), slope), last));
-        assert!(gradients(&|x| Tape::squared_mlp(x, a, last, slope)) == composed, "slope {slope}");
-    }
     let join = |[q, k, v]: [Tensor<Tape, 2>; 3]| q * Tensor::cat(vec![k.clone(), v, k.narrow(1, 0, 8)], 1);
     let composed = gradients(&|x| join([a, b, c].map(|w| Tape::project(x.clone(), w))));
     assert!(gradients(&|x| join(Tape::project_many(x, [a, b, c]))) == composed);

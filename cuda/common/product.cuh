@@ -1,11 +1,13 @@
 // What the matrix products share (matmul.cu, matmul_pingpong.cu): the epilogue f, and how a warp writes its sums.
-// Wants hopper.cuh, EPILOGUE, OUT, SLOPE where the epilogue has one, and for the parts of tiles TILE_N.
+// Wants hopper.cuh, EPILOGUE, OUT, SLOPE, CAP or SCALE where the epilogue has one, and for the parts of tiles TILE_N.
 
 typedef __nv_bfloat16 bf16;
 
-#define READS_E (EPILOGUE == 2 || EPILOGUE == 4)
-#define WRITES_E (EPILOGUE == 3)
+#define READS_E (EPILOGUE == 2 || EPILOGUE == 4 || EPILOGUE == 6 || EPILOGUE == 8)
+#define WRITES_E (EPILOGUE == 3 || EPILOGUE == 7)
 #define HAS_E (READS_E || WRITES_E || EPILOGUE == 5)
+#define GATES (EPILOGUE == 7 || EPILOGUE == 10) // gated.cuh
+#define UNGATES (EPILOGUE == 8)
 
 // RAW: what is written to e.
 template <bool RAW = false> __device__ __forceinline__ float epilogue(float x, float e = 0.0f) {
@@ -22,6 +24,10 @@ template <bool RAW = false> __device__ __forceinline__ float epilogue(float x, f
     return x * x;
 #elif EPILOGUE == 4
     return x * (2.0f * (e < 0.0f ? (SLOPE) * (SLOPE) * e : e));
+#elif EPILOGUE == 6
+    return e + x;
+#elif EPILOGUE == 9
+    return (CAP) * tanhf(x * (1.0f / (CAP)));
 #else
     return x;
 #endif
@@ -30,6 +36,13 @@ template <bool RAW = false> __device__ __forceinline__ float epilogue(float x, f
 __device__ __forceinline__ void from_float(float &to, float x) { to = x; }
 __device__ __forceinline__ void from_float(bf16 &to, float x) { to = __float2bfloat16_rn(x); }
 
+#ifdef SCALE
+__device__ __forceinline__ float2 scale_pair(const float *at) { return *reinterpret_cast<const float2 *>(at); }
+__device__ __forceinline__ float2 scale_pair(const bf16 *at) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(at));
+}
+#endif
+
 #ifdef TILE_N
 
 #define DEPTH 64                         // of a slice along k: 128 bytes, the span of the swizzle
@@ -37,6 +50,22 @@ __device__ __forceinline__ void from_float(bf16 &to, float x) { to = __float2bfl
 #define CHUNK 2048                       // bytes of 16 rows of 128 bytes
 #define COLUMNS (128 / (int)sizeof(OUT)) // of a chunk
 #define CHUNKS (TILE_N / COLUMNS)        // of a warp's 16 rows
+#define TILE_COLUMNS (GATES ? TILE_N / 2 : TILE_N) // of c in a tile
+
+#ifdef SCALE
+// Multiplies a warp's sums, whose tile begins at `column`, by their columns' scales; n is even, the scales aligned to two.
+__device__ __forceinline__ void scale_columns(float (&d)[TILE_N / 2], const SCALE *scale, u32 column, u64 n, int lane) {
+    column += lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < TILE_N / 8; j++) {
+        const float2 by = column + j * 8 < n ? scale_pair(scale + column + j * 8) : make_float2(0.0f, 0.0f);
+        d[4 * j] *= by.x;
+        d[4 * j + 1] *= by.y;
+        d[4 * j + 2] *= by.x;
+        d[4 * j + 3] *= by.y;
+    }
+}
+#endif
 
 // Two neighbours, as bf16; `e` holds theirs.
 template <bool RAW> __device__ __forceinline__ u32 pair(const float *x, u32 e) {

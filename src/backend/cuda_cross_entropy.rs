@@ -5,10 +5,13 @@
 //! rows: products of full length. No tensor has more than [`GRADIENTS`] elements of logits.
 
 use super::cuda::{Cuda, product, product_added};
+use super::cuda_gated;
+use super::cuda_matmul::{self, Epilogue};
 use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
 use super::source::Source;
-use super::tensor::{dense, dense_int, empty, load_width, tensor};
-use crate::ops::{CrossEntropyOps, Param, cross_entropy};
+use super::tensor::{dense, dense_int, empty, load_width, primitive, tensor};
+use crate::ops::cross_entropy::softcap;
+use crate::ops::{CrossEntropyOps, MatmulOps, Param, cross_entropy};
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
@@ -26,6 +29,17 @@ const GRADIENTS: usize = 1 << 25;
 
 impl CrossEntropyOps for Cuda {
     const LOGIT_ELEMENTS: usize = 1 << 26;
+
+    fn capped_logits(h: Tensor<Self, 2>, w: &Param<Self>, cap: Option<f64>) -> Tensor<Self, 2> {
+        let (rows, weight) = (primitive(h.clone()), w.compute::<2>());
+        let Some(cap) = cap.filter(|_| cuda_gated::fits(&rows)) else {
+            return softcap(Self::matmul_as(h, weight.transpose(), DType::F32), cap);
+        };
+        let logits = empty(&rows, [h.dims()[0], weight.dims()[0]], DType::F32);
+        let weight = primitive(weight.transpose());
+        cuda_matmul::product_with(&rows, &weight, &logits, Epilogue::Softcap(cap));
+        tensor(logits)
+    }
 
     fn cross_entropy(
         h: Tensor<Self, 2>,

@@ -2,13 +2,14 @@
 //! squared MLP with its activation in the products' epilogues.
 
 use super::cuda::{Cuda, product, product_added, product_with};
+use super::cuda_gated;
 use super::cuda_matmul::Epilogue;
 use super::launch_cuda::{Arguments, CudaKernel, launch_strided};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, empty, primitive, tensor};
+use super::tensor::{LOAD_BYTES, dense, empty, primitive, tensor};
 use super::views::{columns, one_under_the_other, rows, side_by_side};
-use crate::ops::linear::backward_one_by_one;
-use crate::ops::mlp::{self, Hidden};
+use crate::ops::linear::{self, backward_one_by_one};
+use crate::ops::mlp::{self, GatedHidden, Hidden};
 use crate::ops::{LinearOps, MlpOps, Param};
 use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{DType, Tensor};
@@ -78,6 +79,38 @@ impl LinearOps for Cuda {
         product(&grad, &packed, &grad_x);
         Some(tensor(grad_x))
     }
+
+    fn project_added_forward(
+        x: Tensor<Self, 2>,
+        w: &Param<Self>,
+        e: Tensor<Self, 2>,
+        scale: Option<(&Param<Self>, usize)>,
+    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
+        let rows = primitive(x.clone());
+        if !cuda_gated::fits(&rows) || e.dtype() != rows.dtype {
+            return linear::added_forward(x, w, e, scale);
+        }
+        let scale = scale.map(|(scale, row)| primitive(scale.compute_rows().narrow(0, row, 1)));
+        let (weight, e) = (transposed(&primitive(w.compute::<2>())), dense(e));
+        let y = empty(&e, sizes(&e), e.dtype);
+        product_with(&rows, &weight, &y, Epilogue::Added(&e, scale.as_ref()));
+        (tensor(y), None)
+    }
+
+    fn project_added_backward(
+        x: Tensor<Self, 2>,
+        product: Option<Tensor<Self, 2>>,
+        w: &Param<Self>,
+        scale: Option<(&Param<Self>, usize)>,
+        grad: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        match scale {
+            Some((scale, row)) if product.is_none() && cuda_gated::fits(&primitive(x.clone())) => {
+                scaled_backward(x, w, scale, row, grad)
+            }
+            scale => linear::added_backward(x, product, w, scale, grad),
+        }
+    }
 }
 
 impl MlpOps for Cuda {
@@ -126,6 +159,65 @@ impl MlpOps for Cuda {
         product_with(&grad, &primitive(last.compute::<2>()), &grad_hidden, epilogue);
         Self::project_backward(x, inner, tensor(grad_hidden))
     }
+
+    fn gated_mlp(
+        x: Tensor<Self, 2>,
+        gate: &Param<Self>,
+        up: &Param<Self>,
+        last: &Param<Self>,
+    ) -> Tensor<Self, 2> {
+        cuda_gated::mlp(x, gate, up, last)
+    }
+
+    fn gated_mlp_forward(
+        x: Tensor<Self, 2>,
+        gate: &Param<Self>,
+        up: &Param<Self>,
+        last: &Param<Self>,
+    ) -> (Tensor<Self, 2>, GatedHidden<Self>) {
+        cuda_gated::mlp_forward(x, gate, up, last)
+    }
+
+    fn gated_mlp_backward(
+        x: Tensor<Self, 2>,
+        hidden: GatedHidden<Self>,
+        gate: &Param<Self>,
+        up: &Param<Self>,
+        last: &Param<Self>,
+        grad: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        cuda_gated::mlp_backward(x, hidden, gate, up, last, grad)
+    }
+}
+
+/// The backward of `e + s w x` without a pass over its rows: with `g = gy^T x`, the gradient of a weight's row is its
+/// scale times that row of `g`, that of the scale the row's product with the weight's, and `gx = gy (s w)`.
+fn scaled_backward(
+    x: Tensor<Cuda, 2>,
+    w: &Param<Cuda>,
+    scale: &Param<Cuda>,
+    row: usize,
+    grad: Tensor<Cuda, 2>,
+) -> Tensor<Cuda, 2> {
+    let x = primitive(x);
+    let grad = matching(grad, x.dtype);
+    let weight = w.compute::<2>().cast(DType::F32);
+    let outputs = weight.dims()[0];
+    let s = scale.compute_rows().narrow(0, row, 1).cast(DType::F32).reshape([outputs, 1]);
+    if w.is_trainable() || scale.is_trainable() {
+        let unscaled: Tensor<Cuda, 2> = tensor(added(None, &x, &grad));
+        if scale.is_trainable() {
+            let sums = (weight.clone() * unscaled.clone()).sum_dim(1).reshape([1, outputs]);
+            scale.accumulate_rows(row..row + 1, sums);
+        }
+        if w.is_trainable() {
+            w.accumulate(unscaled * s.clone());
+        }
+    }
+    let scaled = primitive((weight * s).cast(x.dtype));
+    let grad_x = empty(&x, sizes(&x), x.dtype);
+    product(&grad, &scaled, &grad_x);
+    tensor(grad_x)
 }
 
 pub(super) fn sizes(x: &Matrix) -> [usize; 2] {
@@ -133,7 +225,7 @@ pub(super) fn sizes(x: &Matrix) -> [usize; 2] {
 }
 
 /// A gradient in the type of what it is the gradient of.
-fn matching(grad: Tensor<Cuda, 2>, dtype: DType) -> Matrix {
+pub(super) fn matching(grad: Tensor<Cuda, 2>, dtype: DType) -> Matrix {
     primitive(if grad.dtype() == dtype { grad } else { grad.cast(dtype) })
 }
 
@@ -149,7 +241,7 @@ fn fuses(x: &Matrix) -> bool {
 }
 
 /// Adds `grad^T x` to a weight's gradient: in place, where there is one that nobody else holds.
-fn accumulate(w: &Param<Cuda>, x: &Matrix, grad: &Matrix) {
+pub(super) fn accumulate(w: &Param<Cuda>, x: &Matrix, grad: &Matrix) {
     if w.is_trainable() {
         Param::accumulate_with([w], |[sum]| [added(sum, x, grad)]);
     }

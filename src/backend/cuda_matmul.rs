@@ -5,7 +5,7 @@ use super::cuda_pingpong::{self, Form};
 use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, launch};
 use super::probe_cuda;
 use super::source::Source;
-use super::tensor::empty;
+use super::tensor::{copied, empty};
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
@@ -35,6 +35,10 @@ pub(super) enum Epilogue<'a> {
     LeakySquared(f64, &'a CubeTensor<CudaRuntime>),
     /// `x 2 (e < 0 ? slope^2 e : e)`, `e` being what `LeakySquared` wrote.
     LeakySquaredBackward(f64, &'a CubeTensor<CudaRuntime>),
+    /// `e + scale[n] x` for an `e` and a scale for each column, of bf16 or f32; `e + x` without.
+    Added(&'a CubeTensor<CudaRuntime>, Option<&'a CubeTensor<CudaRuntime>>),
+    /// `cap tanh(x / cap)`.
+    Softcap(f64),
 }
 
 impl<'a> Epilogue<'a> {
@@ -46,16 +50,35 @@ impl<'a> Epilogue<'a> {
             Self::SquaredBackward(e) => (2, None, Some(e)),
             Self::LeakySquared(slope, e) => (3, Some(slope), Some(e)),
             Self::LeakySquaredBackward(slope, e) => (4, Some(slope), Some(e)),
+            Self::Added(e, _) => (6, None, Some(e)),
+            Self::Softcap(_) => (9, None, None),
+        }
+    }
+
+    /// The scales of `n` columns, if there are any, dense and at a place where two are read at a time.
+    fn scale(self, n: usize) -> Option<CubeTensor<CudaRuntime>> {
+        let Self::Added(_, Some(scale)) = self else { return None };
+        assert_eq!(scale.meta.num_elements(), n, "a scale for each column");
+        let in_pairs = scale.handle.offset_start.unwrap_or(0).is_multiple_of(2 * scale.elem_size() as u64);
+        Some(if in_pairs && scale.is_contiguous() { scale.clone() } else { copied(scale.clone()) })
+    }
+
+    /// What else the kernel is compiled with, beside a slope.
+    fn constant(self) -> Option<(&'static str, String)> {
+        match self {
+            Self::Added(_, Some(scale)) => Some(("SCALE", element(scale.dtype).to_string())),
+            Self::Softcap(cap) => Some(("CAP", format!("{:e}f", cap as f32))),
+            _ => None,
         }
     }
 }
 
 /// A factor as the kernel reads it: rows of consecutive elements, with k as its last size or not.
-struct Factor {
+pub(super) struct Factor {
     tensor: CubeTensor<CudaRuntime>,
-    k_major: bool,
+    pub(super) k_major: bool,
     /// `[z, rows, columns]`.
-    shape: [usize; 3],
+    pub(super) shape: [usize; 3],
     /// From one row to the next, in elements; more than the columns only where z is 1.
     pitch: usize,
 }
@@ -63,7 +86,7 @@ struct Factor {
 impl Factor {
     /// The factor whose last two sizes are `[rows, k]` (or `[k, rows]`), in place where it or its transpose has rows of
     /// consecutive elements.
-    fn new(x: &CubeTensor<CudaRuntime>, k_last: bool) -> Self {
+    pub(super) fn new(x: &CubeTensor<CudaRuntime>, k_last: bool) -> Self {
         let (sizes, strides) = layout(x);
         let rank = sizes.len();
         let batch = sizes[..rank - 2].iter().product();
@@ -81,11 +104,11 @@ impl Factor {
     }
 
     /// Whether the copy engine can read it.
-    fn is_aligned(&self) -> bool {
+    pub(super) fn is_aligned(&self) -> bool {
         is_aligned(&self.tensor, self.pitch)
     }
 
-    fn map(&self) -> TensorMap<'_> {
+    pub(super) fn map(&self) -> TensorMap<'_> {
         let strides = vec![self.shape[1] * self.pitch, self.pitch, 1];
         TensorMap { strides, ..map(&self.tensor, self.shape, [1, DEPTH, 64]) }
     }
@@ -131,23 +154,30 @@ fn is_dense(sizes: &[usize], strides: &[usize]) -> bool {
 }
 
 /// The elements of a dense tensor in other sizes.
-fn dense_view(x: &CubeTensor<CudaRuntime>, shape: [usize; 3]) -> CubeTensor<CudaRuntime> {
+pub(super) fn dense_view(x: &CubeTensor<CudaRuntime>, shape: [usize; 3]) -> CubeTensor<CudaRuntime> {
     let strides = [shape[1] * shape[2], shape[2], 1];
     CubeTensor { meta: Box::new(Metadata::new(shape, strides)), ..x.clone() }
 }
 
 /// Whether rows of so many columns, and the tensor's start, lie at multiples of 16 bytes.
-fn is_aligned(x: &CubeTensor<CudaRuntime>, columns: usize) -> bool {
+pub(super) fn is_aligned(x: &CubeTensor<CudaRuntime>, columns: usize) -> bool {
     x.handle.offset_start.unwrap_or(0).is_multiple_of(16) && (columns * x.elem_size()).is_multiple_of(16)
 }
 
-fn map(tensor: &CubeTensor<CudaRuntime>, shape: [usize; 3], tile: [usize; 3]) -> TensorMap<'_> {
+pub(super) fn map(tensor: &CubeTensor<CudaRuntime>, shape: [usize; 3], tile: [usize; 3]) -> TensorMap<'_> {
     TensorMap::dense(tensor, &shape, &tile, TensorMapSwizzle::B128)
 }
 
 /// The width of a tile and the number of parts of k, from a cost fitted to measured shapes (README, the kernel table):
 /// a block takes `slices alpha + beta` for a tile, a sum of parts a pass over the output.
-fn choose(m: usize, n: usize, k: usize, z: usize, splits: bool, multiprocessors: usize) -> (usize, usize) {
+pub(super) fn choose(
+    m: usize,
+    n: usize,
+    k: usize,
+    z: usize,
+    splits: bool,
+    multiprocessors: usize,
+) -> (usize, usize) {
     let slices = k.div_ceil(DEPTH);
     let mut best = (usize::MAX, 0, 0);
     for (width, alpha, beta) in [(128, 8, 35), (192, 13, 40), (256, 16, 50)] {
@@ -239,6 +269,7 @@ fn multiply(
         assert!(e.dtype == c.dtype && e.meta.num_elements() == z * m * n, "what an epilogue has beside c");
         dense_view(e, [z, m, n])
     });
+    let scale = epilogue.scale(n);
     // What the parts of k leave, or what is yet to be added.
     let summed = parts > 1 || accumulate;
     let out = if summed { empty(&c, [z * parts, m, n], DType::F32) } else { c.clone() };
@@ -251,6 +282,7 @@ fn multiply(
         ("EPILOGUE", number.to_string()),
     ];
     constants.extend(slope.map(|slope| ("SLOPE", format!("{:e}f", slope as f32))));
+    constants.extend(epilogue.constant());
     let aligned = |x: &CubeTensor<CudaRuntime>| is_aligned(x, n);
     if a.is_aligned() && b.is_aligned() && aligned(&out) && beside.as_ref().is_none_or(aligned) {
         let chunk = 128 / out.elem_size();
@@ -268,7 +300,8 @@ fn multiply(
             }
         };
         let operations = 2.0 * (m * n) as f64 * (k * z) as f64;
-        let arguments = Arguments { maps: &maps, scalars: &sizes, operations, ..Default::default() };
+        let buffers: Vec<_> = scale.iter().collect();
+        let arguments = Arguments { maps: &maps, buffers: &buffers, scalars: &sizes, operations };
         launch(kernel, [blocks as u32, 1, 1], arguments);
     } else {
         let kernel =
@@ -276,7 +309,7 @@ fn multiply(
         let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, (z * parts) as u32];
         (a, b) = (a.dense(), b.dense());
         let mut buffers = vec![&a.tensor, &b.tensor, &out];
-        buffers.extend(&beside);
+        buffers.extend(beside.iter().chain(&scale));
         launch(kernel, grid, Arguments { buffers: &buffers, scalars: &sizes, ..Default::default() });
     }
     if summed {
@@ -285,7 +318,7 @@ fn multiply(
 }
 
 /// The kernel with tiles of this width, for what else it is compiled with.
-fn kernel(width: usize, mut constants: Vec<(&'static str, String)>) -> CudaKernel {
+pub(super) fn kernel(width: usize, mut constants: Vec<(&'static str, String)>) -> CudaKernel {
     let (stages, staging) = stages(width);
     let own = [("TILE_N", width), ("STAGES", stages), ("STAGING", staging)];
     constants.extend(own.map(|(name, value)| (name, value.to_string())));

@@ -16,6 +16,7 @@ mod cuda_attention;
 mod cuda_attention_exact;
 mod cuda_cross_entropy;
 mod cuda_embedding;
+mod cuda_gated;
 mod cuda_linear;
 mod cuda_matmul;
 mod cuda_matmul_exact;

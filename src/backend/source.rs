@@ -18,6 +18,7 @@ const COMMON: &[(&str, &str)] = &[
     ("common/attention_exact.cuh", include_str!("../../cuda/common/attention_exact.cuh")),
     ("common/product.cuh", include_str!("../../cuda/common/product.cuh")),
     ("common/epilogue_qk_norm.cuh", include_str!("../../cuda/common/epilogue_qk_norm.cuh")),
+    ("common/gated.cuh", include_str!("../../cuda/common/gated.cuh")),
 ];
 
 /// One kernel file.

@@ -6,6 +6,7 @@ mod cross_entropy;
 mod embedding;
 mod linear;
 mod matmul;
+mod mlp;
 mod newton_schulz;
 mod normed_attention;
 mod projected_attention;
@@ -94,6 +95,7 @@ pub fn run<P: Plain>(device: &P::Device, dtype: DType, rows: usize) -> Result<Ve
     embedding::time(&mut bench)?;
     reduce::time(&mut bench)?;
     linear::time(&mut bench)?;
+    mlp::time(&mut bench)?;
     activation::time(&mut bench)?;
     attention::time(&mut bench)?;
     qk_norm::time(&mut bench)?;

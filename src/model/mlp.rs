@@ -72,8 +72,7 @@ impl<P: Plain> Mlp<P> {
     /// Rows `x[n, c]` (normed) to `y[n, c]`.
     pub fn forward<B: Backend<Plain = P>>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         if let Some(up) = &self.up {
-            let [gate, up] = B::project_many(x, [&self.inner, up]);
-            return B::project(B::silu_gate(up, gate), &self.last);
+            return B::gated_mlp(x, &self.inner, up, &self.last);
         }
         let slope = match self.form {
             MlpForm::Squared(slope) => slope,

@@ -21,7 +21,6 @@ mod stream;
 mod systems;
 
 use crate::error::Result;
-use crate::ops::cross_entropy::softcap;
 use crate::ops::rope::RopeTable;
 use crate::ops::stream::Start;
 use crate::ops::weight_form::WeightForm;
@@ -326,9 +325,7 @@ impl<P: Plain> Model<P> {
 
     /// Logits `[n, v]` of hidden rows `[n, c]`, in f32 (f64 where the model computes in f64).
     pub fn logits<B: Backend<Plain = P>>(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let dtype = accumulate_type(hidden.dtype());
-        let w = B::lift(self.head().compute::<2>());
-        softcap(B::matmul_as(hidden, w.transpose(), dtype), Some(self.plan.softcap))
+        B::capped_logits(hidden, self.head(), Some(self.plan.softcap))
     }
 
     fn head(&self) -> &Param<P> {

@@ -15,6 +15,12 @@ pub trait CrossEntropyOps: Base + MatmulOps {
     /// more than 128 MB.
     const LOGIT_ELEMENTS: usize = 1 << 24;
 
+    /// `z[n, v]`, for sampling: in f32 (f64 for f64).
+    fn capped_logits(h: Tensor<Self, 2>, w: &Param<Self::Plain>, cap: Option<f64>) -> Tensor<Self, 2> {
+        let dtype = accumulate_type(h.dtype());
+        logits(h, Self::lift(w.compute()), dtype, cap)
+    }
+
     /// The loss of each row in nats: `nll[n]`.
     fn cross_entropy(
         h: Tensor<Self, 2>,

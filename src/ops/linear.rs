@@ -1,11 +1,12 @@
-//! A linear layer without bias: `y[n, o] = x[n, i] w[o, i]^T`; and several layers of one input.
+//! A linear layer without bias: `y[n, o] = x[n, i] w[o, i]^T`; several layers of one input; and a layer whose output is
+//! added to rows, `y = e + s w x` with a scale `s[o]` for each channel, or none.
 
-use super::tape::{primitive, record_many, tensor, unary};
-use super::{Autodiff, Base, MatmulOps, Param, Plain};
+use super::tape::{primitive, record, record_many, tensor, unary};
+use super::{Autodiff, Base, MatmulOps, Param, Plain, ResidualOps};
 use burn::tensor::Tensor;
 
 /// Linear layer, forward and backward.
-pub trait LinearOps: Base + MatmulOps {
+pub trait LinearOps: Base + MatmulOps + ResidualOps {
     /// Whether several projections of one input are one product here, with one backward. Where not, each is on the tape
     /// by itself.
     const JOINS_PROJECTIONS: bool = false;
@@ -44,6 +45,39 @@ pub trait LinearOps: Base + MatmulOps {
     ) -> Option<Tensor<Self, 2>> {
         backward_one_by_one(x, weights, grads)
     }
+
+    /// `e + s[row] (w x)` for the rows `e[n, o]` and the parameter `s[rows, o]` (or `[o]`, whose row is 0); `e + w x`
+    /// without one.
+    fn project_added(
+        x: Tensor<Self, 2>,
+        w: &Param<Self::Plain>,
+        e: Tensor<Self, 2>,
+        scale: Option<(&Param<Self::Plain>, usize)>,
+    ) -> Tensor<Self, 2> {
+        Self::project_added_forward(x, w, e, scale).0
+    }
+
+    /// [`Self::project_added`], and `w x` where the backward needs it.
+    fn project_added_forward(
+        x: Tensor<Self, 2>,
+        w: &Param<Self::Plain>,
+        e: Tensor<Self, 2>,
+        scale: Option<(&Param<Self::Plain>, usize)>,
+    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
+        added_forward(x, w, e, scale)
+    }
+
+    /// The gradient of `x` (that of `e` is the output's own); the weight's and the scale's are added to their buffers.
+    /// `product` is what the forward gave.
+    fn project_added_backward(
+        x: Tensor<Self, 2>,
+        product: Option<Tensor<Self, 2>>,
+        w: &Param<Self::Plain>,
+        scale: Option<(&Param<Self::Plain>, usize)>,
+        grad: Tensor<Self, 2>,
+    ) -> Tensor<Self, 2> {
+        added_backward(x, product, w, scale, grad)
+    }
 }
 
 impl<B: Plain> LinearOps for Autodiff<B> {
@@ -65,6 +99,24 @@ impl<B: Plain> LinearOps for Autodiff<B> {
             [B::project_many_backward(input.clone(), weights.each_ref(), grads).map(primitive)]
         };
         record_many([x], outputs, backward).map(tensor)
+    }
+
+    fn project_added(
+        x: Tensor<Self, 2>,
+        w: &Param<B>,
+        e: Tensor<Self, 2>,
+        scale: Option<(&Param<B>, usize)>,
+    ) -> Tensor<Self, 2> {
+        let (x, e) = (primitive(x), primitive(e));
+        let input: Tensor<B, 2> = tensor(x.primitive.clone());
+        let (y, product) = B::project_added_forward(input.clone(), w, tensor(e.primitive.clone()), scale);
+        let (w, scale) = (w.clone(), scale.map(|(scale, row)| (scale.clone(), row)));
+        record([x, e], y, move |grad| {
+            let scale = scale.as_ref().map(|(scale, row)| (scale, *row));
+            let (x, product) = (input.clone(), product.clone());
+            let grad_x = B::project_added_backward(x, product, &w, scale, grad.clone());
+            [primitive(grad_x), primitive(grad)]
+        })
     }
 }
 
@@ -103,4 +155,36 @@ pub fn backward_one_by_one<B: LinearOps, const N: usize>(
         }
     }
     sum
+}
+
+/// The reference forward of a layer whose output is added.
+pub fn added_forward<B: LinearOps>(
+    x: Tensor<B, 2>,
+    w: &Param<B::Plain>,
+    e: Tensor<B, 2>,
+    scale: Option<(&Param<B::Plain>, usize)>,
+) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
+    let product = B::project(x, w);
+    match scale {
+        Some((scale, row)) => (B::scaled_add(e, product.clone(), scale, row), Some(product)),
+        None => (e + product, None),
+    }
+}
+
+/// The reference backward of a layer whose output is added, of what the reference forward has left.
+pub fn added_backward<B: LinearOps>(
+    x: Tensor<B, 2>,
+    product: Option<Tensor<B, 2>>,
+    w: &Param<B::Plain>,
+    scale: Option<(&Param<B::Plain>, usize)>,
+    grad: Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    let grad = match scale {
+        Some((scale, row)) => {
+            let product = product.unwrap_or_else(|| B::project(x.clone(), w));
+            B::scaled_add_backward(product, scale, row, grad)
+        }
+        None => grad,
+    };
+    B::project_backward(x, w, grad)
 }

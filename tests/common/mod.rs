@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod matrix;
+
 use burn::tensor::{DType, Tensor, TensorData};
 use fairway::backend::{DeviceChoice, Job, Precision, Target, devices, guard, resolve, run};
 use fairway::ops::Plain;

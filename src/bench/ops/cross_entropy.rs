@@ -18,6 +18,12 @@ pub(super) fn time<P: Plain>(bench: &mut Bench<'_, P>) -> Result<()> {
         // The backward makes the products again.
         let products = |count: usize| Cost::operations((2 * count * rows * columns * vocab) as f64);
         let (_, lse) = P::cross_entropy_and_lse(h.clone(), &w, targets.clone(), cap);
+        bench.time(format!("capped_logits {size} as f32"), products(1), || {
+            P::capped_logits(h.clone(), &w, cap)
+        })?;
+        bench.time(format!("capped_logits without a cap {size} as f32"), products(1), || {
+            P::capped_logits(h.clone(), &w, None)
+        })?;
         bench.time(format!("cross_entropy forward {size}"), products(1), || {
             P::cross_entropy(h.clone(), &w, targets.clone(), cap)
         })?;

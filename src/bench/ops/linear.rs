@@ -3,8 +3,8 @@ use crate::error::Result;
 use crate::ops::{Param, Plain, accumulate_type, linear, mlp};
 use burn::tensor::{Distribution, Tensor};
 
-/// Linear layers: one, three of one input (q, k and v of `baseline`), and the squared MLP. Gradients of weights add up
-/// from run to run, as over micro-batches.
+/// Linear layers: one, one whose output is added to rows with a scale, three of one input (q, k and v of `baseline`), and
+/// the squared MLP. Gradients of weights add up from run to run, as over micro-batches.
 pub(super) fn time<P: Plain>(bench: &mut Bench<'_, P>) -> Result<()> {
     let rows = bench.rows;
     let weight = |bench: &Bench<'_, P>, shape: [usize; 2]| {
@@ -20,6 +20,19 @@ pub(super) fn time<P: Plain>(bench: &mut Bench<'_, P>) -> Result<()> {
     let (w, grad) = (weight(bench, [1024, 512]), bench.random([rows, 1024]));
     bench.time(format!("project backward [{rows}, 512] to 1024"), products(2, 512, 1024), || {
         P::project_backward(x.clone(), &w, grad.clone())
+    })?;
+
+    let (e, scale) = (bench.random([rows, 1024]), weight(bench, [1, 1024]));
+    let what = |form: &str| format!("{form} [{rows}, 512] to 1024");
+    bench.time(what("project forward"), products(1, 512, 1024), || P::project(x.clone(), &w))?;
+    bench.time(what("project_added forward"), products(1, 512, 1024), || {
+        P::project_added(x.clone(), &w, e.clone(), Some((&scale, 0)))
+    })?;
+    bench.time(what("project_added forward, reference"), products(1, 512, 1024), || {
+        linear::added_forward::<P>(x.clone(), &w, e.clone(), Some((&scale, 0)))
+    })?;
+    bench.time(what("project_added backward"), products(2, 512, 1024), || {
+        P::project_added_backward(x.clone(), None, &w, Some((&scale, 0)), grad.clone())
     })?;
 
     let widths = [512, 256, 256];
