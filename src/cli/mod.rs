@@ -6,6 +6,7 @@ mod data;
 mod demo;
 mod devices;
 mod eval;
+mod eval_method;
 mod export;
 mod inspect;
 mod output;

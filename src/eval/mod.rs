@@ -1,9 +1,15 @@
 //! Scoring and sampling.
 
 pub mod full;
+pub mod method;
 pub mod sample;
+pub mod sliding;
+pub mod stateful;
+pub mod tally;
 pub mod text;
+pub mod ttt;
 pub mod unigram;
+pub mod windows;
 
 use crate::ops::Plain;
 use burn::tensor::{Int, Tensor, TensorData};
