@@ -5,6 +5,7 @@ pub mod method;
 pub mod sample;
 pub mod sliding;
 pub mod stateful;
+pub mod statistics;
 pub mod tally;
 pub mod text;
 pub mod ttt;
