@@ -80,18 +80,19 @@ pub fn run(args: Args) -> Result<()> {
         Some(data) => data,
         None => args::demo_data()?,
     };
-    let (tokenizer, tokenizer_name) = args::tokenizer(named.tokenizer.as_deref(), &data, recipe.vocab_size)?;
     let out = match args.out.clone().or(args.resume.clone()) {
         Some(out) => out,
         None => free_run_dir(&recipe.name),
     };
     let train = |recipe: Recipe, out: PathBuf| {
+        let (tokenizer, tokenizer_name) =
+            args::tokenizer(named.tokenizer.as_deref(), &data, recipe.vocab_size)?;
         let bar = TrainBar::new();
         let options = Options {
             recipe,
             data: data.clone(),
-            tokenizer: tokenizer.clone(),
-            tokenizer_name: tokenizer_name.clone(),
+            tokenizer,
+            tokenizer_name,
             out,
             resume: args.resume.clone(),
             micro_batch: args.micro_batch,
