@@ -60,6 +60,10 @@ fn training_on_what_is_scored_helps_and_says_when_there_is_nothing_to_train_on()
         // The same again, to the bit: the run on disk is as it was.
         assert_eq!(eval(&place, &ttt)["val_loss"], score["val_loss"]);
     }
+    // The one document of the text begins with its first token.
+    let score = eval(&place, "--mode ttt --stride 16 --ttt-low-rank 2 --ttt-chunk 32 --ttt-epochs 3");
+    assert_eq!(score["tokens"], plain["tokens"]);
+    assert!(number(&score, "val_loss") < number(&plain, "val_loss"), "{score} {plain}");
     let ran = place.line("eval run --data data --device cpu --json --mode ttt --stride 16");
     assert!(ran.stderr.contains("one chunk of --ttt-chunk 32768"), "{ran:?}");
     assert_eq!(ran.json()["val_loss"], plain["val_loss"]);
@@ -122,6 +126,10 @@ fn options_that_do_not_go_together_are_refused() {
         ("--mode ttt --ttt-batch 0", &["--ttt-batch", "at least 1"]),
         ("--mode ttt --ttt-epochs 0", &["--ttt-epochs", "at least 1"]),
         ("--mode ttt --ttt-optimizer lion", &["lion", "sgd or adamw"]),
+        ("--mode ttt --ttt-low-rank 0", &["--ttt-low-rank", "at least 1"]),
+        ("--mode ttt --ttt-low-rank 4 --ttt-batch 2", &["--ttt-batch", "--ttt-low-rank"]),
+        ("--mode ttt --ttt-low-rank 4 --windows pr1382", &["--windows", "--ttt-low-rank"]),
+        ("--ttt-low-rank 4", &["--ttt-low-rank", "--mode ttt"]),
     ] {
         let ran = place.line(&format!("eval run --data data --device cpu {more}"));
         ran.fails(2, parts);

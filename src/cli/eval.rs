@@ -22,7 +22,8 @@ use std::path::PathBuf;
     fairway eval runs/a --mode sliding --stride 64\n  \
     fairway eval runs/a --mode sliding --windows pr1607 --temperature 0.9\n  \
     fairway eval runs/a --stateful\n  \
-    fairway eval runs/a --mode ttt --ttt-optimizer adamw --ttt-lr 0.0005")]
+    fairway eval runs/a --mode ttt --ttt-optimizer adamw --ttt-lr 0.0005\n  \
+    fairway eval runs/a --mode ttt --ttt-low-rank 8")]
 pub struct Args {
     /// An artifact, or the folder of a run
     model: PathBuf,
@@ -57,7 +58,7 @@ pub fn run(args: Args) -> Result<()> {
             format!("at least one sequence of {key}={seq_len} tokens"),
         ));
     }
-    let method = args.method.method(seq_len, batch_tokens)?;
+    let method = args.method.method(seq_len, batch_tokens, contents.tokenizer.bos())?;
     let data = match args.data {
         Some(data) => data,
         None => args::demo_data()?,
@@ -89,7 +90,7 @@ pub fn run(args: Args) -> Result<()> {
             Walk::Windows { stride, .. } | Walk::Stateful { stride, .. } if stride < seq_len => {
                 lines::sliding(quant, stride, loss, bpb, ms)
             }
-            Walk::Training { .. } => lines::test_time_training(loss, bpb, ms),
+            Walk::Training { .. } | Walk::LowRank(_) => lines::test_time_training(loss, bpb, ms),
             _ => lines::roundtrip(quant, codec, loss, bpb, ms),
         };
         last.iter().for_each(output::line);

@@ -1,6 +1,7 @@
 //! The options of `fairway eval` that say how the tokens are walked over.
 
 use crate::error::{Error, Result};
+use crate::eval::low_rank;
 use crate::eval::method::{Method, Walk};
 use crate::eval::sliding::Pass;
 use crate::eval::ttt::{self, Rule};
@@ -30,16 +31,19 @@ pub struct MethodArgs {
     /// Divides the logits
     #[arg(long, allow_hyphen_values = true, value_name = "T", default_value_t = 1.0)]
     temperature: f64,
+    /// ttt learns a change of this rank of the weights, anew for each document, by Adam
+    #[arg(long, allow_hyphen_values = true, value_name = "RANK")]
+    ttt_low_rank: Option<usize>,
     /// Optimizer of ttt: sgd or adamw [default: sgd; adamw with --windows pr1607]
     #[arg(long, value_name = "RULE")]
     ttt_optimizer: Option<String>,
-    /// Its learning rate [default: 0.002]
+    /// Its learning rate [default: 0.002; 0.01 with --ttt-low-rank]
     #[arg(long, allow_hyphen_values = true, value_name = "LR")]
     ttt_lr: Option<f64>,
-    /// Its passes over each chunk [default: 3; 1 with --windows pr1607]
+    /// Its passes over each chunk [default: 3; 1 with --windows pr1607 or --ttt-low-rank]
     #[arg(long, allow_hyphen_values = true, value_name = "N")]
     ttt_epochs: Option<usize>,
-    /// Tokens scored before each training [default: 32768; 32 windows with --windows pr1607]
+    /// Tokens scored before each training [default: 32768; 32 windows with --windows pr1607; 256 with --ttt-low-rank]
     #[arg(long, allow_hyphen_values = true, value_name = "TOKENS")]
     ttt_chunk: Option<usize>,
     /// Sequences of one step [default: 32]
@@ -100,7 +104,20 @@ impl MethodArgs {
             let what = format!("temperature {}", self.temperature);
             return Err(Error::input(what, "--temperature", "a number above 0"));
         }
+        let full_weights = [
+            ("--ttt-optimizer", self.ttt_optimizer.is_some()),
+            ("--ttt-batch", self.ttt_batch.is_some()),
+            ("--ttt-freeze", self.ttt_freeze.is_some()),
+            ("--ttt-clip", self.ttt_clip.is_some()),
+            ("--windows", windows != Windows::EachOnce),
+        ];
+        let given = full_weights.iter().find(|(_, given)| *given && self.ttt_low_rank.is_some());
+        if let Some((flag, _)) = given {
+            let what = format!("{flag} with --ttt-low-rank");
+            return Err(Error::input(what, flag, "training of the full weights"));
+        }
         let training = [
+            ("--ttt-low-rank", self.ttt_low_rank.is_some()),
             ("--ttt-optimizer", self.ttt_optimizer.is_some()),
             ("--ttt-lr", self.ttt_lr.is_some()),
             ("--ttt-epochs", self.ttt_epochs.is_some()),
@@ -115,8 +132,8 @@ impl MethodArgs {
         }
     }
 
-    /// The method for windows of `seq_len` in forwards of at most `batch_tokens`.
-    pub fn method(&self, seq_len: usize, batch_tokens: usize) -> Result<Method> {
+    /// The method for windows of `seq_len` in forwards of at most `batch_tokens`, for documents that begin with `bos`.
+    pub fn method(&self, seq_len: usize, batch_tokens: usize, bos: u16) -> Result<Method> {
         let pass = Pass { seq_len, batch_tokens, temperature: self.temperature };
         let (mode, windows) = (self.mode()?, self.windows()?);
         let common = if windows == Windows::Pr1607 { 32 } else { 64 };
@@ -129,6 +146,7 @@ impl MethodArgs {
             return Err(Error::input(format!("stride {stride}"), "--stride", expected));
         }
         let walk = match mode {
+            Mode::Ttt if self.ttt_low_rank.is_some() => Walk::LowRank(self.low_rank(stride, bos)?),
             Mode::Ttt => Walk::Training { windows, stride, options: self.training(windows, seq_len)? },
             _ if self.stateful => Walk::Stateful { stride, streams: self.streams.unwrap_or(1) },
             _ => Walk::Windows { windows, stride },
@@ -136,16 +154,20 @@ impl MethodArgs {
         Ok(Method { walk, pass })
     }
 
+    fn low_rank(&self, stride: usize, bos: u16) -> Result<low_rank::Options> {
+        Ok(low_rank::Options {
+            rank: count("--ttt-low-rank", self.ttt_low_rank, 8)?,
+            chunk_tokens: count("--ttt-chunk", self.ttt_chunk, 256)?,
+            epochs: count("--ttt-epochs", self.ttt_epochs, 1)?,
+            lr: number("--ttt-lr", self.ttt_lr, 0.01)?,
+            stride,
+            bos,
+            seed: 1337,
+        })
+    }
+
     fn training(&self, windows: Windows, seq_len: usize) -> Result<ttt::Options> {
         let default = ttt::Options::of(windows, seq_len);
-        let number = |flag: &str, given: Option<f64>, default: f64| match given.unwrap_or(default) {
-            value if value.is_finite() && value >= 0.0 => Ok(value),
-            value => Err(Error::input(value, flag, "a number from 0")),
-        };
-        let count = |flag: &str, given: Option<usize>, default: usize| match given.unwrap_or(default) {
-            0 => Err(Error::input(0, flag, "at least 1")),
-            value => Ok(value),
-        };
         let rule = match (self.ttt_optimizer.as_deref(), default.rule) {
             (Some("sgd"), Rule::AdamW { .. }) => Rule::Sgd { momentum: 0.9 },
             (Some("adamw"), Rule::Sgd { .. }) => Rule::AdamW { weight_decay: 0.01 },
@@ -181,5 +203,19 @@ impl MethodArgs {
             warnings.push("--stateful: the model has no state space layer that could carry a state".into());
         }
         Ok(warnings)
+    }
+}
+
+fn number(flag: &str, given: Option<f64>, default: f64) -> Result<f64> {
+    match given.unwrap_or(default) {
+        value if value.is_finite() && value >= 0.0 => Ok(value),
+        value => Err(Error::input(value, flag, "a number from 0")),
+    }
+}
+
+fn count(flag: &str, given: Option<usize>, default: usize) -> Result<usize> {
+    match given.unwrap_or(default) {
+        0 => Err(Error::input(0, flag, "at least 1")),
+        value => Ok(value),
     }
 }

@@ -3,7 +3,7 @@
 use super::sliding::{self, Pass};
 use super::tally::{Score, Tally, Text};
 use super::windows::{Window, Windows};
-use super::{stateful, ttt};
+use super::{low_rank, stateful, ttt};
 use crate::error::Result;
 use crate::model::Model;
 use crate::ops::Plain;
@@ -35,6 +35,8 @@ pub enum Walk {
         /// How it trains.
         options: ttt::Options,
     },
+    /// A low-rank change of the weights learns from what is scored of each document.
+    LowRank(low_rank::Options),
 }
 
 /// A whole way of scoring.
@@ -46,11 +48,12 @@ pub struct Method {
     pub pass: Pass,
 }
 
-/// What a method does with a text of so many targets, before anything is computed.
+/// What a method does with a text, before anything is computed.
 enum Work {
     Windows(Vec<Window>),
     Stateful(stateful::Options, usize),
     Training(Vec<Window>, ttt::Options),
+    LowRank(low_rank::Documents, low_rank::Options),
 }
 
 impl Method {
@@ -59,7 +62,8 @@ impl Method {
         Self { walk: Walk::Windows { windows: Windows::EachOnce, stride: pass.seq_len }, pass }
     }
 
-    fn work(&self, total: usize) -> Result<Work> {
+    fn work(&self, text: &Text) -> Result<Work> {
+        let total = text.targets();
         let Pass { seq_len, temperature, .. } = self.pass;
         Ok(match self.walk {
             Walk::Windows { windows, stride } => Work::Windows(windows.list(total, seq_len, stride)?),
@@ -70,6 +74,9 @@ impl Method {
             }
             Walk::Training { windows, stride, options } => {
                 Work::Training(ttt::windows(windows, total, seq_len, stride)?, options)
+            }
+            Walk::LowRank(options) => {
+                Work::LowRank(low_rank::Documents::new(text, seq_len, &options)?, options)
             }
         })
     }
@@ -84,10 +91,11 @@ impl Method {
         text: &Text,
         progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Score> {
-        let work = self.work(text.targets())?;
+        let work = self.work(text)?;
         let windows = match &work {
             Work::Windows(windows) | Work::Training(windows, _) => windows.len(),
             Work::Stateful(_, windows) => *windows,
+            Work::LowRank(documents, _) => documents.windows(),
         };
         let mut done = 0;
         let mut step = |count| {
@@ -103,6 +111,10 @@ impl Method {
             Work::Training(list, options) => {
                 let course = ttt::Course { windows: &list, pass: &self.pass, options: &options };
                 ttt::score(model, recipe, text, &course, &mut tally, &mut step)?;
+            }
+            Work::LowRank(documents, options) => {
+                let how = (&self.pass, &options);
+                low_rank::score(model, text, &documents, how, &mut tally, &mut step)?;
             }
         }
         Ok(tally.score())

@@ -1,6 +1,7 @@
 //! Scoring and sampling.
 
 pub mod full;
+pub mod low_rank;
 pub mod method;
 pub mod sample;
 pub mod sliding;

@@ -111,7 +111,7 @@ pub struct Course<'a> {
 
 /// Scores the windows into `tally`, training the model between chunks. The weights stay as they are in the end.
 ///
-/// Errors (failed): a loss that is not a number, after which training would only spread it.
+/// Errors (failed): a loss that is not a number.
 pub fn score<P: Plain>(
     model: &Model<P>,
     recipe: &Recipe,
@@ -135,13 +135,7 @@ pub fn score<P: Plain>(
             continue;
         }
         sliding::score(model, text, own, pass, tally, progress)?;
-        if !tally.is_finite() {
-            return Err(Error::failed(
-                "the loss is not a number",
-                format!("test-time training, chunk {} of {count}", chunk + 1),
-                "finite losses (try a lower --ttt-lr)",
-            ));
-        }
+        check_finite(tally, &format!("test-time training, chunk {} of {count}", chunk + 1))?;
         if !last {
             let lr_mul = match options.cosine {
                 true => 0.5 * (1.0 + (PI * chunk as f64 / (count - 1) as f64).cos()),
@@ -151,6 +145,16 @@ pub fn score<P: Plain>(
         }
     }
     Ok(())
+}
+
+/// Refuses a loss that is not a number: training would only spread it.
+pub(super) fn check_finite(tally: &Tally, place: &str) -> Result<()> {
+    match tally.is_finite() {
+        true => Ok(()),
+        false => {
+            Err(Error::failed("the loss is not a number", place, "finite losses (try a lower --ttt-lr)"))
+        }
+    }
 }
 
 enum Optimizer<P: Plain> {
