@@ -9,6 +9,9 @@ use crate::eval::windows::Windows;
 use crate::model::plan::Plan;
 use crate::recipe::Recipe;
 
+/// The highest rank of a change of the weights.
+const HIGHEST_RANK: usize = 1024;
+
 /// How the tokens are walked over.
 #[derive(clap::Args)]
 pub struct MethodArgs {
@@ -155,8 +158,12 @@ impl MethodArgs {
     }
 
     fn low_rank(&self, stride: usize, bos: u16) -> Result<low_rank::Options> {
+        let rank = count("--ttt-low-rank", self.ttt_low_rank, 8)?;
+        if rank > HIGHEST_RANK {
+            return Err(Error::input(rank, "--ttt-low-rank", format!("at most {HIGHEST_RANK}")));
+        }
         Ok(low_rank::Options {
-            rank: count("--ttt-low-rank", self.ttt_low_rank, 8)?,
+            rank,
             chunk_tokens: count("--ttt-chunk", self.ttt_chunk, 256)?,
             epochs: count("--ttt-epochs", self.ttt_epochs, 1)?,
             lr: number("--ttt-lr", self.ttt_lr, 0.01)?,

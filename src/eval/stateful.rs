@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::model::{Cache, Model, params};
 use crate::ops::Plain;
 use burn::tensor::Tensor;
+use std::ops::Range;
 
 /// How the state goes on.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,6 +52,12 @@ impl Streams {
         let windows = Windows::EachOnce.list(targets, options.seq_len, options.stride)?;
         // Rounded up, fewer parts may be enough.
         Ok(Self { streams: total.div_ceil(targets), targets, windows })
+    }
+
+    /// The places in the text of some of a stream's positions, stream by stream.
+    fn places(&self, positions: Range<usize>) -> impl Iterator<Item = usize> + '_ {
+        (0..self.streams)
+            .flat_map(move |stream| positions.clone().map(move |position| stream * self.targets + position))
     }
 }
 
@@ -94,14 +101,6 @@ pub fn score<P: Plain>(
     Ok(())
 }
 
-impl Streams {
-    /// The places in the text of some of a stream's positions, stream by stream.
-    fn places(&self, positions: std::ops::Range<usize>) -> impl Iterator<Item = usize> + '_ {
-        (0..self.streams)
-            .flat_map(move |stream| positions.clone().map(move |position| stream * self.targets + position))
-    }
-}
-
 /// The token of that number; 0 behind the end, where the last stream has run out of text.
 fn token(text: &Text, index: usize) -> u16 {
     text.tokens.get(index).copied().unwrap_or(0)
@@ -112,7 +111,7 @@ fn read<P: Plain>(
     model: &Model<P>,
     text: &Text,
     streams: &Streams,
-    positions: std::ops::Range<usize>,
+    positions: Range<usize>,
     cache: &mut Cache<P>,
 ) -> Tensor<P, 3> {
     let time = positions.len();

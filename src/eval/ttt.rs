@@ -200,7 +200,7 @@ impl<'a, P: Plain> Student<'a, P> {
         let seq_len = pass.seq_len;
         let whole = (tokens.len() - 1) / seq_len * seq_len;
         let (inputs, targets) = (&tokens[..whole], &tokens[1..whole + 1]);
-        let batch = self.options.batch_seqs.max(1) * seq_len;
+        let batch = self.options.batch_seqs.max(1).saturating_mul(seq_len);
         for _ in 0..self.options.epochs {
             for (inputs, targets) in inputs.chunks(batch).zip(targets.chunks(batch)) {
                 self.accumulate(inputs, targets, pass);
