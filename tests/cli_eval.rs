@@ -79,7 +79,8 @@ fn states_go_on_over_windows_where_there_are_states() {
     assert!((number(&kept, "val_loss") - number(&full, "val_loss")).abs() < 1e-5, "{kept} {full}");
 
     let hybrid = "--set system=pr1607 --set num_attn_layers=1 --set mamba3_headdim=8 --set mamba3_d_state=8 \
-                  --set bigram_buckets=64 --set bigram_hash_dim=8 --steps 20";
+                  --set bigram_buckets=64 --set bigram_hash_dim=8 --set ema_enabled=false --set swa_enabled=false \
+                  --steps 40";
     place.train("hybrid", hybrid).clean();
     let eval = |more: &str| place.line(&format!("eval hybrid --data data --device cpu --json {more}")).json();
     let (full, kept) = (eval(""), eval("--stateful"));
@@ -126,6 +127,8 @@ fn options_that_do_not_go_together_are_refused() {
         ("--mode ttt --ttt-batch 0", &["--ttt-batch", "at least 1"]),
         ("--mode ttt --ttt-epochs 0", &["--ttt-epochs", "at least 1"]),
         ("--mode ttt --ttt-optimizer lion", &["lion", "sgd or adamw"]),
+        ("--mode ttt --ttt-momentum 1", &["--ttt-momentum", "below 1"]),
+        ("--mode ttt --ttt-optimizer adamw --ttt-momentum 0.5", &["--ttt-momentum", "sgd"]),
         ("--mode ttt --ttt-low-rank 0", &["--ttt-low-rank", "at least 1"]),
         ("--mode ttt --ttt-low-rank 4 --ttt-batch 2", &["--ttt-batch", "--ttt-low-rank"]),
         ("--mode ttt --ttt-low-rank 4 --windows pr1382", &["--windows", "--ttt-low-rank"]),

@@ -43,6 +43,9 @@ pub struct MethodArgs {
     /// Its learning rate [default: 0.002; 0.01 with --ttt-low-rank]
     #[arg(long, allow_hyphen_values = true, value_name = "LR")]
     ttt_lr: Option<f64>,
+    /// What sgd keeps of the last steps, from 0 to below 1 [default: 0.9]
+    #[arg(long, allow_hyphen_values = true, value_name = "MU")]
+    ttt_momentum: Option<f64>,
     /// Its passes over each chunk [default: 3; 1 with --windows pr1607 or --ttt-low-rank]
     #[arg(long, allow_hyphen_values = true, value_name = "N")]
     ttt_epochs: Option<usize>,
@@ -109,6 +112,7 @@ impl MethodArgs {
         }
         let full_weights = [
             ("--ttt-optimizer", self.ttt_optimizer.is_some()),
+            ("--ttt-momentum", self.ttt_momentum.is_some()),
             ("--ttt-batch", self.ttt_batch.is_some()),
             ("--ttt-freeze", self.ttt_freeze.is_some()),
             ("--ttt-clip", self.ttt_clip.is_some()),
@@ -122,6 +126,7 @@ impl MethodArgs {
         let training = [
             ("--ttt-low-rank", self.ttt_low_rank.is_some()),
             ("--ttt-optimizer", self.ttt_optimizer.is_some()),
+            ("--ttt-momentum", self.ttt_momentum.is_some()),
             ("--ttt-lr", self.ttt_lr.is_some()),
             ("--ttt-epochs", self.ttt_epochs.is_some()),
             ("--ttt-chunk", self.ttt_chunk.is_some()),
@@ -173,12 +178,22 @@ impl MethodArgs {
         })
     }
 
+    fn momentum(&self) -> Result<f64> {
+        match self.ttt_momentum.unwrap_or(0.9) {
+            momentum if (0.0..1.0).contains(&momentum) => Ok(momentum),
+            momentum => Err(Error::input(momentum, "--ttt-momentum", "a number from 0 to below 1")),
+        }
+    }
+
     fn training(&self, windows: Windows, seq_len: usize) -> Result<ttt::Options> {
         let default = ttt::Options::of(windows, seq_len);
         let rule = match (self.ttt_optimizer.as_deref(), default.rule) {
-            (Some("sgd"), Rule::AdamW { .. }) => Rule::Sgd { momentum: 0.9 },
+            (Some("sgd"), _) | (None, Rule::Sgd { .. }) => Rule::Sgd { momentum: self.momentum()? },
+            _ if self.ttt_momentum.is_some() => {
+                return Err(Error::input("--ttt-momentum without sgd", "--ttt-momentum", "sgd"));
+            }
             (Some("adamw"), Rule::Sgd { .. }) => Rule::AdamW { weight_decay: 0.01 },
-            (None | Some("sgd" | "adamw"), rule) => rule,
+            (None | Some("adamw"), rule) => rule,
             (Some(other), _) => {
                 return Err(Error::input(format!("optimizer {other}"), "--ttt-optimizer", "sgd or adamw"));
             }
