@@ -13,8 +13,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const KINDS: [&str; 52] = [
+const KINDS: [&str; 57] = [
     "data.byte_table",
+    "eval.eval_1382_a",
+    "eval.eval_1382_ttt",
+    "eval.eval_1382_ttt_freeze2",
+    "eval.eval_1607_a",
+    "eval.eval_1607_exact",
     "layer.mamba2",
     "model.challenge",
     "model.pr1382",
@@ -111,9 +116,13 @@ impl Job for Parity {
 /// a change of the start by 1e-7 is another run. PyTorch's own runs of the entry from 250 such starts end between 3.994
 /// and 4.104 (mean 4.051; the entry, one of the lowest, at 4.006), ours on the CPU from as many between 4.009 and 4.094
 /// (mean 4.052). Without that rounding the run in float32 is within 2e-5 of the f64 entry.
+///
+/// The entries of PR #1382's test-time training hold the weights after it where those before it should be. The core set
+/// has both with the weights that their seeds give (`*_start`).
 fn failures(report: &Report) -> Vec<&Row> {
     let excused = |row: &Row| match row.fixture.as_str() {
         "chal_bpb_luts_sp1024" => shared("tokenizers").is_none(),
+        "ev_eval_1382_ttt" | "ev_eval_1382_ttt_freeze2" => row.tensor == "param.*",
         "tr_seed1607_train5_f32" => {
             row.tensor.starts_with("out.") && row.error.is_some_and(|error| error < 0.1)
         }
@@ -146,13 +155,13 @@ fn worst_by_kind(dir: &Path, report: &Report) -> BTreeMap<String, f64> {
 }
 
 #[test]
-fn the_core_set_has_every_kind_in_less_than_8_mb() {
+fn the_core_set_has_every_kind_in_less_than_9_mb() {
     let index = index_of(&core());
     let kinds: BTreeSet<&str> = index.values().filter_map(|entry| entry["kind"].as_str()).collect();
     assert_eq!(kinds, KINDS.into());
     let files: Vec<_> = fs::read_dir(core()).unwrap().map(|entry| entry.unwrap()).collect();
     let bytes: u64 = files.iter().map(|entry| entry.metadata().unwrap().len()).sum();
-    assert!(bytes < 8_000_000, "{bytes} bytes");
+    assert!(bytes < 9_000_000, "{bytes} bytes");
     assert_eq!(files.len(), index.len() + 2, "a file for each fixture and two indices");
 }
 
@@ -177,6 +186,8 @@ fn the_core_set_passes_on_every_device() {
                     Some("model") => 0.02,
                     // The peer's own float32.
                     Some("layer") => 0.1,
+                    // Through some steps of training.
+                    Some("eval") => 0.01,
                     // Float32 runs; the losses of PR #1607's are excused above.
                     Some("train") => {
                         if kind == "train.pr1607" {
@@ -234,7 +245,7 @@ fn only_takes_a_glob_of_names() {
     assert_eq!(error.exit_code(), 2);
     assert_eq!(
         error.to_string(),
-        "no fixture is named nothing*, --only, expected a glob that matches at least one of the 65 names"
+        "no fixture is named nothing*, --only, expected a glob that matches at least one of the 70 names"
     );
 }
 

@@ -2,10 +2,12 @@
 
 mod args;
 mod bench;
+mod compare;
 mod data;
 mod demo;
 mod devices;
 mod eval;
+mod eval_method;
 mod export;
 mod inspect;
 mod output;
@@ -14,6 +16,7 @@ mod progress;
 mod recipes;
 mod sample;
 mod source;
+mod submission;
 mod train;
 
 use crate::error::{Error, Result};
@@ -49,6 +52,8 @@ enum Command {
     Devices(devices::Args),
     Parity(parity::Args),
     Bench(bench::Args),
+    Compare(compare::Args),
+    Submission(submission::Args),
 }
 
 /// Parses the process's arguments, runs the command and returns the exit status: 0 done, 1 failed, 2 bad usage or
@@ -82,6 +87,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Data(args) => data::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Submission(args) => submission::run(args),
         Command::Parity(args) => return parity::run(args),
     }?;
     guards::check_interrupt("after the last step of the command")?;

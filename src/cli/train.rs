@@ -3,16 +3,18 @@
 use super::args::{self, DeviceArgs};
 use super::{output, progress::TrainBar};
 use crate::error::{Error, Result};
+use crate::eval::statistics::Sample;
 use crate::recipe::Recipe;
 use crate::train::checkpoint::{self, DataSource};
 use crate::train::run::load_recipe;
-use crate::train::{self, Options, Summary};
+use crate::train::{self, Options, Summary, guards};
 use std::path::{Path, PathBuf};
 
 /// Train a recipe; writes DIR/{recipe.toml,train.log,metrics.jsonl,curve.svg,checkpoint/,final.safetensors}
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  fairway train tiny\n  \
     fairway train baseline --data data/datasets/fineweb10B_sp1024 --set iterations=200 --out runs/a\n  \
+    fairway train tiny --seeds 1,2,3 --out runs/b\n  \
     fairway train --resume runs/a")]
 pub struct Args {
     /// A built-in recipe (see `fairway recipes`) or a TOML file; with --resume the resumed run's own if absent
@@ -36,6 +38,9 @@ pub struct Args {
     /// Seed of the initial weights
     #[arg(long, allow_hyphen_values = true, value_name = "S")]
     seed: Option<u64>,
+    /// Train once with each of these seeds, into DIR/seed-A, DIR/seed-B, ...
+    #[arg(long, value_delimiter = ',', value_name = "A,B,C", conflicts_with_all = ["seed", "resume"])]
+    seeds: Vec<u64>,
     /// Tokens of one forward and backward at most: a limit on memory
     #[arg(long, allow_hyphen_values = true, value_name = "TOKENS")]
     micro_batch: Option<usize>,
@@ -64,6 +69,7 @@ struct Named {
 
 pub fn run(args: Args) -> Result<()> {
     let (recipe, mut named) = resolve_recipe(&args)?;
+    check_seeds(&args.seeds)?;
     let target = args.device.target()?;
     if let (Some(dir), None) = (&args.resume, &named.data) {
         let saved = resumed_data(dir)?;
@@ -74,27 +80,39 @@ pub fn run(args: Args) -> Result<()> {
         Some(data) => data,
         None => args::demo_data()?,
     };
-    let (tokenizer, tokenizer_name) = args::tokenizer(named.tokenizer.as_deref(), &data, recipe.vocab_size)?;
     let out = match args.out.clone().or(args.resume.clone()) {
         Some(out) => out,
         None => free_run_dir(&recipe.name),
     };
-    let bar = TrainBar::new();
-    let options = Options {
-        recipe,
-        data,
-        tokenizer,
-        tokenizer_name,
-        out,
-        resume: args.resume,
-        micro_batch: args.micro_batch,
-        save_every: args.save_every,
-        echo: bar.echo(args.json),
-        warn: bar.warn(),
+    let train = |recipe: Recipe, out: PathBuf| {
+        let (tokenizer, tokenizer_name) =
+            args::tokenizer(named.tokenizer.as_deref(), &data, recipe.vocab_size)?;
+        let bar = TrainBar::new();
+        let options = Options {
+            recipe,
+            data: data.clone(),
+            tokenizer,
+            tokenizer_name,
+            out,
+            resume: args.resume.clone(),
+            micro_batch: args.micro_batch,
+            save_every: args.save_every,
+            echo: bar.echo(args.json),
+            warn: bar.warn(),
+        };
+        let trained = train::train(options, &target, &mut |status| bar.show(status));
+        bar.finish();
+        trained
     };
-    let trained = train::train(options, &target, &mut |status| bar.show(status));
-    bar.finish();
-    report(&trained?, args.json)
+    if args.seeds.is_empty() {
+        return report(&train(recipe, out)?, args.json);
+    }
+    let with_seed = |seed: &u64| {
+        guards::check_interrupt("between two seeds")?;
+        train(Recipe { seed: *seed, ..recipe.clone() }, out.join(format!("seed-{seed}")))
+    };
+    let runs = args.seeds.iter().map(with_seed).collect::<Result<Vec<Summary>>>()?;
+    report_seeds(&args.seeds, runs, &out, args.json)
 }
 
 fn report(summary: &Summary, json: bool) -> Result<()> {
@@ -106,6 +124,61 @@ fn report(summary: &Summary, json: bool) -> Result<()> {
         output::line(format!("tokens_per_s:{speed:.0} step_ms:{:.2}", summary.step_ms.unwrap_or(f64::NAN)));
     }
     Ok(())
+}
+
+/// What runs of several seeds reached: means over them, and each.
+#[derive(serde::Serialize)]
+struct Seeds<'a> {
+    /// The mean of each number, under the names of one run's report; the first step's time is the first run's.
+    #[serde(flatten)]
+    mean: Summary,
+    val_loss_std: f64,
+    seeds: &'a [u64],
+    runs: &'a [Summary],
+}
+
+fn report_seeds(seeds: &[u64], runs: Vec<Summary>, out: &Path, json: bool) -> Result<()> {
+    let mean = |value: &dyn Fn(&Summary) -> Option<f64>| {
+        let values: Vec<f64> = runs.iter().filter_map(value).collect();
+        (values.len() == runs.len()).then(|| Sample::of(&values).mean)
+    };
+    let losses = Sample::of(&runs.iter().map(|run| run.val_loss).collect::<Vec<_>>());
+    let summary = Summary {
+        steps: runs.iter().map(|run| run.steps).sum::<usize>() / runs.len(),
+        train_loss: mean(&|run| run.train_loss),
+        val_loss: losses.mean,
+        val_bpb: mean(&|run| Some(run.val_bpb)).unwrap_or(f64::NAN),
+        tokens_per_s: mean(&|run| run.tokens_per_s),
+        step_ms: mean(&|run| run.step_ms),
+        first_step_s: runs[0].first_step_s,
+        peak_memory_bytes: runs.iter().filter_map(|run| run.peak_memory_bytes).max(),
+        out: out.to_path_buf(),
+    };
+    if json {
+        return output::json(&Seeds { mean: summary, val_loss_std: losses.std, seeds, runs: &runs });
+    }
+    let row = |(seed, run): (&u64, &Summary)| {
+        vec![seed.to_string(), format!("{:.6}", run.val_loss), format!("{:.6}", run.val_bpb)]
+    };
+    let rows: Vec<Vec<String>> = seeds.iter().zip(&runs).map(row).collect();
+    output::table(&["seed", "val_loss", "val_bpb"], &rows);
+    output::line(format!(
+        "runs: {} val_loss mean:{:.6} std:{:.6} val_bpb mean:{:.6}",
+        out.display(),
+        losses.mean,
+        losses.std,
+        summary.val_bpb
+    ));
+    Ok(())
+}
+
+/// Refuses seeds that would share a folder.
+fn check_seeds(seeds: &[u64]) -> Result<()> {
+    let twice = seeds.iter().enumerate().find(|(index, seed)| seeds[..*index].contains(seed));
+    match twice {
+        Some((_, seed)) => Err(Error::input(format!("seed {seed} twice"), "--seeds", "different seeds")),
+        None => Ok(()),
+    }
 }
 
 /// The recipe, then the environment, then the flags.

@@ -1,27 +1,14 @@
 //! The challenge's score: windows of the training length side by side (spec/challenge.md section 3).
 
-use super::ids_tensor;
-use crate::data::byte_table::{ByteTable, bits_per_byte};
+use super::sliding::{self, Pass};
+pub use super::tally::Score;
+use super::tally::{Tally, Text};
+use super::windows::Windows;
+use crate::data::byte_table::ByteTable;
 use crate::data::stream::ValTokens;
 use crate::error::Result;
-use crate::model::{Model, params};
+use crate::model::Model;
 use crate::ops::Plain;
-use std::time::Instant;
-
-/// A score over validation tokens.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Score {
-    /// Mean loss in nats per target.
-    pub val_loss: f64,
-    /// Bits per byte of text; NaN where the targets have no bytes.
-    pub val_bpb: f64,
-    /// Targets scored.
-    pub tokens: u64,
-    /// Bytes of those targets.
-    pub bytes: u64,
-    /// Wall time.
-    pub seconds: f64,
-}
 
 /// Scores every whole window of `val`, in batches of `batch_tokens` (at least one window).
 ///
@@ -33,29 +20,15 @@ pub fn score<P: Plain>(
     batch_tokens: usize,
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Score> {
-    let started = Instant::now();
-    let time = val.seq_len();
-    let batch = (batch_tokens / time).max(1);
-    let (mut nll, mut tokens, mut bytes) = (0.0, 0u64, 0u64);
-    for start in (0..val.sequences()).step_by(batch) {
-        let end = (start + batch).min(val.sequences());
-        let (inputs, targets) = val.batch(start..end);
-        let ids = ids_tensor::<P>(inputs, time, model.device());
-        let losses = model.nll::<P>(ids, ids_tensor::<P>(targets, time, model.device()));
-        // Each loss is added in f64, in the order of the tokens: the score does not depend on the size of the batches.
-        nll = params::to_host("loss", &[targets.len()], losses)?
-            .to_f64()
-            .iter()
-            .fold(nll, |sum, loss| sum + loss);
-        tokens += targets.len() as u64;
-        bytes += inputs.iter().zip(targets).map(|(x, y)| u64::from(table.bytes_of(*x, *y))).sum::<u64>();
-        progress(end, val.sequences())?;
-    }
-    Ok(Score {
-        val_loss: nll / tokens as f64,
-        val_bpb: bits_per_byte(nll, bytes),
-        tokens,
-        bytes,
-        seconds: started.elapsed().as_secs_f64(),
-    })
+    let text = Text { tokens: val.tokens(), table };
+    let seq_len = val.seq_len();
+    let windows = Windows::EachOnce.list(text.targets(), seq_len, seq_len)?;
+    let pass = Pass { seq_len, batch_tokens, temperature: 1.0 };
+    let mut tally = Tally::default();
+    let mut done = 0;
+    sliding::score(model, &text, &windows, &pass, &mut tally, &mut |count| {
+        done += count;
+        progress(done, windows.len())
+    })?;
+    Ok(tally.score())
 }

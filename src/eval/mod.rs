@@ -1,9 +1,17 @@
 //! Scoring and sampling.
 
 pub mod full;
+pub mod low_rank;
+pub mod method;
 pub mod sample;
+pub mod sliding;
+pub mod stateful;
+pub mod statistics;
+pub mod tally;
 pub mod text;
+pub mod ttt;
 pub mod unigram;
+pub mod windows;
 
 use crate::ops::Plain;
 use burn::tensor::{Int, Tensor, TensorData};

@@ -1,14 +1,13 @@
 //! Weights in host memory at work on a device that is chosen at run time: text continued, tokens scored.
 
-use super::full::{self, Score};
+use super::method::Method;
 use super::sample::{self, Options};
+use super::tally::{Score, Text};
 use crate::backend::{self, Job, Target};
-use crate::data::byte_table::ByteTable;
-use crate::data::stream::ValTokens;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::host::HostTensor;
-use crate::model::Model;
+use crate::model::{AHEAD, Model};
 use crate::ops::Plain;
 use crate::recipe::Recipe;
 use std::time::Instant;
@@ -106,24 +105,25 @@ fn whole_characters(bytes: &[u8]) -> usize {
     }
 }
 
-/// Scores `val` on the target as [`full::score`] does.
+/// Scores a text on the target as `method` says. `progress` is told (windows done, windows in all); an error that it
+/// returns stops the work.
+///
+/// Errors (input): weights that are not the recipe's, windows that do not fit the text.
 pub fn score(
     weights: Weights,
-    val: &ValTokens,
-    table: &ByteTable,
-    batch_tokens: usize,
+    text: &Text,
+    method: &Method,
     target: &Target,
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Score> {
-    let job = ScoreJob { weights, val, table, batch_tokens, progress };
+    let job = ScoreJob { weights, text, method, progress };
     backend::guard(target, || backend::run(target, job))
 }
 
 struct ScoreJob<'a> {
     weights: Weights<'a>,
-    val: &'a ValTokens,
-    table: &'a ByteTable,
-    batch_tokens: usize,
+    text: &'a Text<'a>,
+    method: &'a Method,
     progress: &'a mut dyn FnMut(usize, usize) -> Result<()>,
 }
 
@@ -131,8 +131,17 @@ impl Job for ScoreJob<'_> {
     type Output = Score;
 
     fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<Score> {
-        let model = self.weights.model::<P>(device, target)?;
-        full::score(&model, self.val, self.table, self.batch_tokens, self.progress)
+        // Heads that only training uses would train here too.
+        let recipe = Recipe { mtp_num_heads: 0, ..self.weights.recipe.clone() };
+        let params: Vec<HostTensor>;
+        let mut weights = Weights { recipe: &recipe, ..self.weights };
+        if self.weights.params.iter().any(|param| param.name.starts_with(AHEAD)) {
+            let kept = weights.params.iter().filter(|param| !param.name.starts_with(AHEAD));
+            params = kept.cloned().collect();
+            weights.params = &params;
+        }
+        let model = weights.model::<P>(device, target)?;
+        self.method.score(&model, &recipe, self.text, self.progress)
     }
 }
 

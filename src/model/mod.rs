@@ -26,6 +26,7 @@ use crate::ops::stream::Start;
 use crate::ops::weight_form::WeightForm;
 use crate::ops::{Backend, Param, Plain, accumulate_type};
 use crate::recipe::{PR1382, Recipe};
+use attention::KeyValueCache;
 use block::{Block, BlockInputs};
 use burn::tensor::{DType, Int, Tensor};
 use embed::{Embed, EmbedState};
@@ -69,14 +70,24 @@ pub fn check(recipe: &Recipe) -> Result<()> {
 pub struct Cache<B: Backend> {
     embed: EmbedState<B>,
     visits: Vec<BlockState<B>>,
+    /// Of the window that attention sees.
     positions: usize,
     length: usize,
+    /// Of the whole sequence.
+    seen: usize,
 }
 
 impl<B: Backend> Cache<B> {
-    /// Positions seen so far.
+    /// Positions seen so far, by attention.
     pub fn positions(&self) -> usize {
         self.positions
+    }
+
+    /// Begins a new window of at most the same length: the embedding and the state space layers go on from what they
+    /// have seen, attention and its positions start anew.
+    pub fn next_window(&mut self) {
+        self.positions = 0;
+        self.visits.iter_mut().for_each(|visit| visit.attention = KeyValueCache::default());
     }
 }
 
@@ -197,7 +208,7 @@ impl<P: Plain> Model<P> {
     /// steps equal the full forward of `length` tokens.
     pub fn cache<B: Backend<Plain = P>>(&self, length: usize) -> Cache<B> {
         let visits = self.visits().iter().map(|_| BlockState::default()).collect();
-        Cache { embed: EmbedState::default(), visits, positions: 0, length }
+        Cache { embed: EmbedState::default(), visits, positions: 0, length, seen: 0 }
     }
 
     /// Hidden rows `[b t, c]` after the final norm for `ids[b, t]`.
@@ -214,7 +225,8 @@ impl<P: Plain> Model<P> {
         let start = cache.as_ref().map_or(0, |cache| cache.positions);
         let length = cache.as_ref().map_or(time, |cache| cache.length.max(start + time));
         let values = self.embed.values(ids.clone());
-        let embedded = self.embed.forward(ids, start, cache.as_mut().map(|cache| &mut cache.embed));
+        let seen = cache.as_ref().map_or(0, |cache| cache.seen);
+        let embedded = self.embed.forward(ids, seen, cache.as_mut().map(|cache| &mut cache.embed));
         let (x, x0) = B::stream_start(embedded);
         let flow = Flow { batch: rows, rope: self.rope(start, time, length), values, x0 };
         let visits = self.visits();
@@ -246,6 +258,7 @@ impl<P: Plain> Model<P> {
         }
         if let Some(cache) = cache {
             cache.positions += time;
+            cache.seen += time;
         }
         stream.normed(self.plan.rms_eps, 1.0)
     }
@@ -283,6 +296,24 @@ impl<P: Plain> Model<P> {
     ) -> Tensor<B, 1> {
         let hidden = self.hidden(ids, None, None);
         self.nll_of(hidden, targets)
+    }
+
+    /// The loss in nats of each of `targets` (as many as rows) for hidden rows `[n, c]`, logits divided by `temperature`.
+    ///
+    /// `z / t = (cap / t) tanh((h / t) w^T / (cap / t))`: rows and cap are divided, so that it is any device's own op.
+    pub fn nll_at<B: Backend<Plain = P>>(
+        &self,
+        hidden: Tensor<B, 2>,
+        targets: Tensor<B, 2, Int>,
+        temperature: f64,
+    ) -> Tensor<B, 1> {
+        if temperature == 1.0 {
+            return self.nll_of(hidden, targets);
+        }
+        let rows = hidden.dims()[0];
+        let hidden = hidden.mul_scalar(1.0 / temperature);
+        let cap = self.plan.softcap / temperature;
+        B::cross_entropy(hidden, self.head(), targets.reshape([rows]), Some(cap))
     }
 
     fn nll_of<B: Backend<Plain = P>>(

@@ -1,6 +1,6 @@
 //! A model as data: what its parts are called, how large they are, and in which order they run.
 
-use super::block::BlockPlan;
+use super::block::{BlockPlan, MixerPlan};
 use super::embed::EmbedPlan;
 use super::init::Init;
 use super::mlp::MlpPlan;
@@ -155,6 +155,12 @@ impl Plan {
             }
         }
         layout
+    }
+
+    /// Whether a layer has a state beside attention's keys and values.
+    pub fn has_state(&self) -> bool {
+        let mut mixers = self.blocks.iter().flat_map(|block| &block.mixers);
+        mixers.any(|mixer| !matches!(mixer.part, MixerPlan::Attention(_)))
     }
 
     /// The visits of a pass, with or without the recurrence.

@@ -4,6 +4,7 @@ pub mod adam;
 pub mod averages;
 pub mod muon;
 pub mod schedule;
+pub mod sgd;
 
 use crate::model::spec::Spec;
 use crate::model::{AHEAD, EMBEDDING, HEAD, Model};

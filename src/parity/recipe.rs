@@ -76,10 +76,15 @@ const OF_PR1382: Own = &[
 
 /// The system of a kind, and the arguments that its model has beyond the challenge's.
 fn system(kind: &str) -> (&'static str, Own) {
-    match kind.rsplit('.').next() {
-        Some(PR1994) => (PR1994, OF_PR1994),
-        Some(PR1607) => (PR1607, OF_PR1607),
-        Some(PR1382) => (PR1382, OF_PR1382),
+    // `model.pr1994`, or `eval.eval_1994_a`.
+    let is = |system: &str| {
+        let number = system.trim_start_matches("pr");
+        kind.ends_with(system) || kind.split(['.', '_']).any(|part| part == number)
+    };
+    match () {
+        _ if is(PR1994) => (PR1994, OF_PR1994),
+        _ if is(PR1607) => (PR1607, OF_PR1607),
+        _ if is(PR1382) => (PR1382, OF_PR1382),
         _ => (CHALLENGE, &[]),
     }
 }

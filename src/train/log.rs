@@ -226,11 +226,25 @@ pub mod lines {
 
     /// The score of the artifact, read back: `final_int8_zlib_roundtrip` with the quantisation and codec that were used.
     pub fn roundtrip(quant: &str, codec: &str, val_loss: f64, val_bpb: f64, eval_ms: f64) -> [String; 2] {
+        last(&format!("final_{quant}_{codec}_roundtrip"), "", [val_loss, val_bpb, eval_ms])
+    }
+
+    /// The score by a sliding window: PR #1382's `final_int6_sliding_window` with the quantisation that was used.
+    pub fn sliding(quant: &str, stride: usize, val_loss: f64, val_bpb: f64, eval_ms: f64) -> [String; 2] {
+        let stride = format!(" stride:{stride}");
+        last(&format!("final_{quant}_sliding_window"), &stride, [val_loss, val_bpb, eval_ms])
+    }
+
+    /// The score of test-time training: PR #1382's `final_ttt_sliding`.
+    pub fn test_time_training(val_loss: f64, val_bpb: f64, eval_ms: f64) -> [String; 2] {
+        last("final_ttt_sliding", "", [val_loss, val_bpb, eval_ms])
+    }
+
+    fn last(name: &str, more: &str, [val_loss, val_bpb, eval_ms]: [f64; 3]) -> [String; 2] {
         let scores =
             |decimals| format!("val_loss:{} val_bpb:{}", fixed(val_loss, decimals), fixed(val_bpb, decimals));
-        let name = format!("final_{quant}_{codec}_roundtrip");
         [
-            format!("{name} {} eval_time:{}ms", scores(4), fixed(eval_ms, 0)),
+            format!("{name} {}{more} eval_time:{}ms", scores(4), fixed(eval_ms, 0)),
             format!("{name}_exact {}", scores(8)),
         ]
     }

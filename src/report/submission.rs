@@ -1,0 +1,303 @@
+//! The challenge's submission folder (spec/challenge.md section 1): README.md, submission.json, a log for each run, the
+//! artifact, and the code.
+
+use super::losses::Loss;
+use crate::artifact::budget::{CAP_BYTES, code_bytes, source_files};
+use crate::error::{Error, Result};
+use crate::eval::statistics::Sample;
+use crate::files::write_atomic;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The name of the challenge's record of a submission.
+pub const RECORD: &str = "submission.json";
+
+/// The artifact's name in the folder.
+pub const ARTIFACT: &str = "model.fairway";
+
+/// Who submits what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Author {
+    /// Name of the author.
+    pub author: String,
+    /// Name on GitHub.
+    pub github_id: String,
+    /// Name of the submission.
+    pub name: String,
+    /// What it is, in a line.
+    pub blurb: String,
+}
+
+/// One run of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Its seed.
+    pub seed: u64,
+    /// Its last validation, of the weights before quantisation.
+    pub loss: Loss,
+}
+
+/// Everything that goes into the folder, but the artifact, which is there already.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Submission {
+    /// Who submits what.
+    pub author: Author,
+    /// The runs, one a seed.
+    pub runs: Vec<Run>,
+    /// The resolved recipe of the first run.
+    pub recipe_toml: String,
+    /// The artifact's own score, where it was measured.
+    pub scored: Option<Loss>,
+    /// The artifact's size.
+    pub artifact_bytes: u64,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Written {
+    /// Artifact and packed source: what the cap is held against.
+    pub bytes_total: u64,
+    /// Our packed source.
+    pub bytes_code: u64,
+    /// Whether the total is at most [`CAP_BYTES`].
+    pub under_cap: bool,
+    /// The loss that the record states.
+    pub loss: Loss,
+}
+
+/// Refuses a folder that holds something else than an earlier submission.
+pub fn check_folder(dir: &Path) -> Result<()> {
+    let Ok(mut entries) = fs::read_dir(dir) else { return Ok(()) };
+    if entries.next().is_none() || dir.join(RECORD).exists() {
+        return Ok(());
+    }
+    Err(Error::input(
+        "folder with other files",
+        dir.display(),
+        "a new folder, or one of an earlier submission",
+    ))
+}
+
+impl Submission {
+    /// Writes the folder, in which the artifact lies.
+    pub fn write(&self, dir: &Path) -> Result<Written> {
+        let bytes_code = code_bytes()?;
+        let bytes_total = self.artifact_bytes + bytes_code;
+        let loss = self.scored.unwrap_or_else(|| self.mean());
+        let written = Written { bytes_total, bytes_code, under_cap: bytes_total <= CAP_BYTES, loss };
+        let mut logs = Vec::new();
+        for run in &self.runs {
+            let name = self.log_name(run, &logs);
+            let source = run.dir.join("train.log");
+            let log = fs::read(&source).map_err(|error| Error::read(&source, &error))?;
+            write_atomic(&dir.join(&name), &log)?;
+            logs.push(name);
+        }
+        for (name, content) in source_files() {
+            write_atomic(&dir.join("source").join(name), content)?;
+        }
+        write_atomic(&dir.join("recipe.toml"), self.recipe_toml.as_bytes())?;
+        write_atomic(&dir.join("README.md"), self.readme(&written, &logs).as_bytes())?;
+        let record = serde_json::to_vec_pretty(&self.record(&written))
+            .map_err(|error| Error::failed(error, RECORD, "a record that JSON can hold"))?;
+        // Last: a folder with it is whole.
+        write_atomic(&dir.join(RECORD), &record)?;
+        Ok(written)
+    }
+
+    fn mean(&self) -> Loss {
+        let of = |value: &dyn Fn(&Run) -> Option<f64>| {
+            let values: Vec<f64> = self.runs.iter().filter_map(value).collect();
+            (values.len() == self.runs.len()).then(|| Sample::of(&values).mean)
+        };
+        Loss {
+            val_loss: of(&|run| Some(run.loss.val_loss)).unwrap_or(f64::NAN),
+            val_bpb: of(&|run| run.loss.val_bpb),
+        }
+    }
+
+    /// `train_seed1337.log`; further runs of one seed have a number behind it.
+    fn log_name(&self, run: &Run, taken: &[String]) -> String {
+        let plain = format!("train_seed{}.log", run.seed);
+        if !taken.contains(&plain) {
+            return plain;
+        }
+        let numbered = |n: usize| format!("train_seed{}_{n}.log", run.seed);
+        (2..).map(numbered).find(|name| !taken.contains(name)).unwrap_or(plain)
+    }
+
+    fn record(&self, written: &Written) -> serde_json::Value {
+        let Author { author, github_id, name, blurb } = &self.author;
+        serde_json::json!({
+            "author": author,
+            "github_id": github_id,
+            "name": name,
+            "blurb": blurb,
+            "date": today(),
+            "val_loss": written.loss.val_loss,
+            "val_bpb": written.loss.val_bpb,
+            "bytes_total": written.bytes_total,
+            "bytes_code": written.bytes_code,
+            "bytes_model": self.artifact_bytes,
+            "scored": if self.scored.is_some() { "the artifact" } else { "the mean of the runs before quantisation" },
+            "seeds": self.runs.iter().map(|run| serde_json::json!({
+                "seed": run.seed,
+                "val_loss": run.loss.val_loss,
+                "val_bpb": run.loss.val_bpb,
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    fn readme(&self, written: &Written, logs: &[String]) -> String {
+        let Author { author, github_id, name, blurb } = &self.author;
+        let losses: Vec<f64> = self.runs.iter().map(|run| run.loss.val_loss).collect();
+        let sample = Sample::of(&losses);
+        let shown = |value: Option<f64>, decimals: usize| {
+            value.filter(|value| value.is_finite()).map_or("-".into(), |value| format!("{value:.decimals$}"))
+        };
+        let mut text = format!("# {name}\n\n{blurb}\n\n{author} ({github_id})\n\n");
+        let what = if self.scored.is_some() { "artifact, reloaded" } else { "runs, before quantisation" };
+        let _ = write!(
+            text,
+            "| what | value |\n|---|---|\n| val_bpb ({what}) | {} |\n| val_loss ({what}) | {} |\n\
+             | artifact bytes | {} |\n| code bytes (packed source) | {} |\n| total bytes (cap {CAP_BYTES}) | {} |\n\n",
+            shown(written.loss.val_bpb, 8),
+            shown(Some(written.loss.val_loss), 8),
+            self.artifact_bytes,
+            written.bytes_code,
+            written.bytes_total
+        );
+        text.push_str("| seed | val_loss | val_bpb | log |\n|---|---|---|---|\n");
+        for (run, log) in self.runs.iter().zip(logs) {
+            let (loss, bpb) = (shown(Some(run.loss.val_loss), 6), shown(run.loss.val_bpb, 6));
+            let _ = writeln!(text, "| {} | {loss} | {bpb} | `{log}` |", run.seed);
+        }
+        let _ = write!(
+            text,
+            "\nOver {} seeds before quantisation: mean {} nats, standard deviation {}.\n\n\
+             Trained with `recipe.toml` by the program in `source/`:\n\n```\n\
+             fairway train recipe.toml --data DIR --seed SEED --out RUN\n\
+             fairway export RUN --out {ARTIFACT}\nfairway eval {ARTIFACT} --data DIR\n```\n",
+            sample.count,
+            shown(Some(sample.mean), 6),
+            shown(Some(sample.std), 6)
+        );
+        text
+    }
+}
+
+/// Today's date in UTC, `2026-04-30`.
+fn today() -> String {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    date(seconds / 86_400)
+}
+
+/// The date of a day since 1970-01-01, in years that begin with March, so that a leap day ends one.
+fn date(days: u64) -> String {
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = year + 400 * era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_are_dates() {
+        for (days, expected) in [
+            (0, "1970-01-01"),
+            (59, "1970-03-01"),
+            (789, "1972-02-29"),
+            (11_016, "2000-02-29"),
+            (11_017, "2000-03-01"),
+            (20_573, "2026-04-30"),
+            (47_540, "2100-02-28"),
+            (47_541, "2100-03-01"),
+        ] {
+            assert_eq!(date(days), expected);
+        }
+    }
+
+    fn submission(dir: &Path) -> Submission {
+        let run = |seed: u64, val_loss: f64| {
+            let dir = dir.join(format!("run-{val_loss}"));
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("train.log"), format!("seed:{seed}\n")).unwrap();
+            Run { dir, seed, loss: Loss { val_loss, val_bpb: Some(val_loss / 2.0) } }
+        };
+        Submission {
+            author: Author {
+                author: "A".into(),
+                github_id: "a".into(),
+                name: "N".into(),
+                blurb: "What it is".into(),
+            },
+            runs: vec![run(1, 2.0), run(2, 2.5), run(1, 3.0)],
+            recipe_toml: "system = \"challenge\"\n".into(),
+            scored: None,
+            artifact_bytes: 1000,
+        }
+    }
+
+    #[test]
+    fn the_folder_has_what_the_challenge_asks_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut submission = submission(dir.path());
+        let written = submission.write(&out).unwrap();
+        assert_eq!(written.bytes_total, written.bytes_code + 1000);
+        assert_eq!(written.loss, Loss { val_loss: 2.5, val_bpb: Some(1.25) });
+        let read = |name: &str| fs::read_to_string(out.join(name)).unwrap();
+        let record: serde_json::Value = serde_json::from_str(&read(RECORD)).unwrap();
+        for key in [
+            "author",
+            "github_id",
+            "name",
+            "blurb",
+            "date",
+            "val_loss",
+            "val_bpb",
+            "bytes_total",
+            "bytes_code",
+        ] {
+            assert!(!record[key].is_null(), "{key}: {record}");
+        }
+        assert_eq!(record["val_loss"], 2.5);
+        assert_eq!(record["seeds"][1]["seed"], 2);
+        for (log, text) in [("train_seed1.log", "seed:1\n"), ("train_seed2.log", "seed:2\n")] {
+            assert_eq!(read(log), text);
+        }
+        assert_eq!(read("train_seed1_2.log"), "seed:1\n");
+        assert!(read("README.md").contains("| 2 | 2.500000 | 1.250000 | `train_seed2.log` |"));
+        assert!(read("README.md").contains("mean 2.500000 nats, standard deviation 0.500000"));
+        assert_eq!(
+            source_files().len(),
+            source_files().iter().filter(|(name, _)| !read(&format!("source/{name}")).is_empty()).count()
+        );
+
+        submission.scored = Some(Loss { val_loss: 2.25, val_bpb: Some(1.2) });
+        let scored = submission.write(&out).unwrap();
+        assert_eq!(scored.loss.val_loss, 2.25);
+        assert!(read("README.md").contains("val_bpb (artifact, reloaded) | 1.20000000"));
+    }
+
+    #[test]
+    fn a_folder_of_other_files_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(check_folder(&dir.path().join("new")).is_ok() && check_folder(dir.path()).is_ok());
+        fs::write(dir.path().join("thesis.txt"), "years of work").unwrap();
+        assert_eq!(check_folder(dir.path()).unwrap_err().exit_code(), 2);
+        fs::write(dir.path().join(RECORD), "{}").unwrap();
+        assert!(check_folder(dir.path()).is_ok());
+    }
+}

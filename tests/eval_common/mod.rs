@@ -1,0 +1,116 @@
+//! What the tests of evaluation share: a text, and scores by the plainest means, one window at a time, f64 on the CPU.
+
+#![allow(dead_code)]
+
+use crate::hybrids_common::{VOCAB, device, model, values};
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use fairway::backend::cpu::Cpu;
+use fairway::data::byte_table::ByteTable;
+use fairway::eval::sliding::Pass;
+use fairway::eval::tally::Text;
+use fairway::eval::windows::Window;
+use fairway::host::HostTensor;
+use fairway::model::{Cache, Model};
+use fairway::ops::Plain;
+use fairway::recipe::Recipe;
+
+/// Tokens that repeat themselves a little, so that there is something to learn.
+pub fn tokens(count: usize) -> Vec<u16> {
+    let mut state = 77u64;
+    let mut draw = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % n
+    };
+    let mut tokens: Vec<u16> = vec![1];
+    while tokens.len() < count {
+        let last = usize::from(tokens[tokens.len() - 1]);
+        let next = if draw(3) > 0 { (last * 5 + 3) % VOCAB } else { draw(VOCAB) };
+        tokens.push(next as u16);
+    }
+    tokens
+}
+
+/// Bytes of each kind: none, some, with a leading space, behind a boundary.
+pub fn table() -> ByteTable {
+    ByteTable {
+        base_bytes: (0..VOCAB).map(|id| if id < 3 { 0 } else { (id % 4 + 1) as u16 }).collect(),
+        has_leading_space: (0..VOCAB).map(|id| id > 2 && id % 3 == 0).collect(),
+        is_boundary: (0..VOCAB).map(|id| id < 3).collect(),
+    }
+}
+
+pub fn pass(seq_len: usize, rows: usize, temperature: f64) -> Pass {
+    Pass { seq_len, batch_tokens: rows * seq_len, temperature }
+}
+
+/// The model of [`model`] on another device.
+pub fn model_on<P: Plain>(recipe: &Recipe, device: &P::Device, dtype: DType) -> Model<P> {
+    let there = Model::<P>::new(recipe, device, dtype).expect("a model");
+    there.params().load(&model(recipe).params().to_host().unwrap(), "the test").unwrap();
+    there
+}
+
+/// One sequence on the CPU.
+pub fn row(tokens: &[u16]) -> Tensor<Cpu, 2, Int> {
+    let values: Vec<i64> = tokens.iter().map(|id| i64::from(*id)).collect();
+    Tensor::from_data(TensorData::new(values, [1, tokens.len()]), &device())
+}
+
+/// The loss of `target` under `softmax(logits / temperature)`.
+pub fn loss(logits: &[f64], target: u16, temperature: f64) -> f64 {
+    let scaled: Vec<f64> = logits.iter().map(|z| z / temperature).collect();
+    let largest = scaled.iter().fold(f64::NEG_INFINITY, |a, b| a.max(*b));
+    let sum: f64 = scaled.iter().map(|z| (z - largest).exp()).sum();
+    largest + sum.ln() - scaled[usize::from(target)]
+}
+
+/// The losses of every position of a window, going on from `cache`.
+pub fn losses(
+    model: &Model<Cpu>,
+    tokens: &[u16],
+    [start, end]: [usize; 2],
+    temperature: f64,
+    cache: &mut Cache<Cpu>,
+) -> Vec<f64> {
+    let hidden = model.hidden::<Cpu>(row(&tokens[start..end]), Some(cache), None);
+    let logits = values(model.logits::<Cpu>(hidden));
+    let rows = logits.chunks(VOCAB).zip(&tokens[start + 1..=end]);
+    rows.map(|(logits, target)| loss(logits, *target, temperature)).collect()
+}
+
+/// The targets that a window scores and their losses: the window alone, its rotation that of `seq_len`.
+pub fn score_window(
+    model: &Model<Cpu>,
+    tokens: &[u16],
+    window: &Window,
+    seq_len: usize,
+    temperature: f64,
+) -> Vec<(usize, f64)> {
+    let mut cache = model.cache::<Cpu>(seq_len);
+    let all = losses(model, tokens, [window.start, window.start + window.len], temperature, &mut cache);
+    (window.from..window.to).map(|position| (window.start + position, all[position])).collect()
+}
+
+/// Mean loss, bits per byte and counts, by their definitions.
+pub fn summed(text: &Text, scored: &[(usize, f64)]) -> (f64, f64, u64, u64) {
+    let nll: f64 = scored.iter().map(|(_, loss)| loss).sum();
+    let bytes = |target: &usize| {
+        let (x, y) = (usize::from(text.tokens[*target]), usize::from(text.tokens[target + 1]));
+        let space = text.table.has_leading_space[y] && !text.table.is_boundary[x];
+        u64::from(text.table.base_bytes[y]) + u64::from(space)
+    };
+    let bytes: u64 = scored.iter().map(|(target, _)| bytes(target)).sum();
+    let n = scored.len() as f64;
+    (nll / n, nll / n / 2f64.ln() * (n / bytes as f64), scored.len() as u64, bytes)
+}
+
+/// The largest difference between recorded losses and expected ones of the same targets in the same order.
+pub fn apart(got: &[(usize, f64)], expected: &[(usize, f64)]) -> f64 {
+    let targets = |scored: &[(usize, f64)]| scored.iter().map(|(target, _)| *target).collect::<Vec<_>>();
+    assert_eq!(targets(got), targets(expected));
+    got.iter().zip(expected).map(|((_, a), (_, b))| (a - b).abs()).fold(0.0, f64::max)
+}
+
+pub fn host(name: &str, values: &[f64]) -> HostTensor {
+    HostTensor::from_f64(name, &[values.len()], values)
+}
