@@ -106,6 +106,7 @@ type Solve<P> = fn(&mut Case<'_, P>) -> Result<()>;
 fn kinds<P: Plain>() -> Vec<(&'static str, Solve<P>)> {
     vec![
         ("data.byte_table", data::byte_table),
+        ("eval.hessians_1607", quant::hessians_1607),
         ("layer.mamba2", layers::mixers::mamba2_official),
         ("model.challenge", model::model),
         ("model.pr1382", model::model),
@@ -152,7 +153,14 @@ fn kinds<P: Plain>() -> Vec<(&'static str, Solve<P>)> {
         ("optim.adamw", optim::adamw),
         ("optim.muon", optim::muon),
         ("optim.newton_schulz", optim::newton_schulz),
+        ("quant.export_1607", quant::export_1607),
+        ("quant.export_1994", quant::export_1994),
+        ("quant.gptq", quant::gptq),
+        ("quant.gptq_int6", quant::gptq_int6),
+        ("quant.int6_clip_search", quant::clip_search),
         ("quant.int8", quant::int8),
+        ("quant.mixed_int6_1382", quant::mixed_1382),
+        ("quant.pack_ternary_1994", quant::pack_ternary),
         ("train.challenge", train::train),
         ("train.pr1382", train::train),
         ("train.pr1607", train::train),

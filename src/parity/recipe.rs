@@ -78,7 +78,7 @@ const OF_PR1382: Own = &[
 fn system(kind: &str) -> (&'static str, Own) {
     match kind.rsplit('.').next() {
         Some(PR1994) => (PR1994, OF_PR1994),
-        Some(PR1607) => (PR1607, OF_PR1607),
+        Some(PR1607 | "hessians_1607") => (PR1607, OF_PR1607),
         Some(PR1382) => (PR1382, OF_PR1382),
         _ => (CHALLENGE, &[]),
     }
