@@ -149,9 +149,13 @@ fn is_table(name: &str) -> bool {
 /// A weight that is not finite or too large for its stored type, a name used twice, bytes that do not fill the shape, a
 /// Hessian of another size than its weight has columns.
 pub fn quantize_by(export: Export, tensors: &[HostTensor], context: &Context) -> Result<Vec<QuantTensor>> {
-    if let Export::Own { bits } | Export::Pr1607 { bits, .. } = export
-        && !clip::BITS.contains(&bits)
-    {
+    let (bits, mlp_bits) = match export {
+        Export::Own { bits } => (bits, 0),
+        Export::Pr1607 { bits, mlp_bits, .. } => (bits, mlp_bits),
+        _ => (8, 0),
+    };
+    let asked = if mlp_bits == 0 { vec![bits] } else { vec![bits, mlp_bits] };
+    if let Some(bits) = asked.iter().find(|bits| !clip::BITS.contains(bits)) {
         return Err(Error::input(format!("codes of {bits} bits"), "the quantisation", "2 to 8 bits"));
     }
     let mut seen = HashSet::new();
