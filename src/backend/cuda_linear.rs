@@ -88,7 +88,7 @@ impl MlpOps for Cuda {
         slope: f64,
     ) -> (Tensor<Self, 2>, Hidden<Self>) {
         let rows = primitive(x.clone());
-        if !takes_factor(&rows) {
+        if !takes_factor(&rows) || inner.is_watched() {
             return mlp::forward(x, inner, last, slope);
         }
         let weight = transposed(&primitive(inner.compute::<2>()));
@@ -211,8 +211,10 @@ fn accumulate_all<const N: usize>(weights: [&Param<Cuda>; N], x: &Matrix, grad: 
 /// loads.
 fn joins<const N: usize>(x: &Matrix, weights: &[&Param<Cuda>; N]) -> bool {
     let distinct = (1..N).all(|i| weights[..i].iter().all(|other| !weights[i].is(other)));
+    // A watched weight sums up its inputs in the plain projection.
+    let watched = weights.iter().any(|w| w.is_watched());
     let aligned = weights.iter().all(|w| (w.shape()[0] * x.elem_size()).is_multiple_of(LOAD_BYTES));
-    (2..=MOST_SOURCES).contains(&N) && distinct && aligned && takes_factor(x)
+    (2..=MOST_SOURCES).contains(&N) && distinct && !watched && aligned && takes_factor(x)
 }
 
 /// The weights one under the other, `[sum o, i]`: made once for each new value of one of them.

@@ -7,12 +7,15 @@ use crate::host::HostTensor;
 use crate::ops::Plain;
 
 impl<P: Plain> Model<P> {
-    /// Begins to sum up the inputs of every linear layer, or ends it and drops the sums. A layer that runs several times in a
-    /// forward pass adds each of its runs.
-    pub fn watch_inputs(&self, on: bool) {
-        for param in self.params().iter().filter(|param| param.shape().len() == 2) {
-            param.set_watched(on);
-            param.take_gram();
+    /// Sums up the inputs of the linear layers of whose weights `wanted` says so, given the name and the number of inputs; of no
+    /// others, and what was summed before is dropped. A layer that runs several times in a forward pass adds each of its
+    /// runs.
+    pub fn watch_inputs(&self, wanted: impl Fn(&str, usize) -> bool) {
+        for param in self.params().iter() {
+            if let &[_, inputs] = param.shape() {
+                param.set_watched(wanted(param.name(), inputs));
+                param.take_gram();
+            }
         }
     }
 

@@ -27,6 +27,15 @@ pub(in crate::parity) fn gptq<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     let (weights, [rows, columns]) = matrix(case, "in.W")?;
     case.expect_shape("in.H", &[columns, columns])?;
     case.expect_shape("in.scale", &[rows])?;
+    let inputs = match case.tensors.peek("in.X").is_some() {
+        true => Some(matrix(case, "in.X")?),
+        false => None,
+    };
+    if let Some((_, [_, channels])) = &inputs
+        && *channels != columns
+    {
+        return Err(Error::input(format!("in.X of {channels} columns"), "the file", columns));
+    }
     let hessian = finite(case.host("in.H")?)?;
     let scales = finite(case.host("in.scale")?)?;
     let factor = Factor::new(&hessian, columns, damp, false).ok_or_else(not_positive)?;
@@ -44,9 +53,10 @@ pub(in crate::parity) fn gptq<P: Plain>(case: &mut Case<'_, P>) -> Result<()> {
     case.give_host(HostTensor::from_f64("out.W_hat", &shape, &restored(&solved.codes)));
     for (key, codes) in [("loss_gptq", &solved.codes), ("loss_rtn", &rounded)] {
         let Some(theirs) = config.number(key)? else { continue };
-        let (inputs, [_, channels]) = matrix(case, "in.X")?;
-        case.expect_shape("in.X", &[inputs.len() / columns, channels])?;
-        let loss = output_loss(&weights, &restored(codes), &inputs, columns);
+        let Some((inputs, _)) = &inputs else {
+            return Err(Error::input("no tensor in.X", "the file", "the inputs that losses are of"));
+        };
+        let loss = output_loss(&weights, &restored(codes), inputs, columns);
         let error = (loss - theirs).abs() / theirs.abs().max(f64::MIN_POSITIVE);
         let bound = case.entry.bound("tol")?;
         case.fact(key.into(), error, bound, Some(format!("{loss:e}, expected {theirs:e}")));
