@@ -182,7 +182,7 @@ fn the_core_set_passes_on_every_device() {
         if target.precision == Precision::F64 {
             for kind in KINDS {
                 let bound = match kind.split('.').next() {
-                    Some("model") => 0.02,
+                    Some("model" | "eval") => 0.02,
                     // The peer's own float32.
                     Some("layer") => 0.1,
                     // A float32 mean, summed in another order than the peer's.

@@ -68,7 +68,7 @@ pub struct TensorRow {
     pub shape: Vec<usize>,
     /// How it is stored ([`crate::quant::Storage::label`]); a raw tensor's element type.
     pub dtype: String,
-    /// Bytes of its parts before compression.
+    /// Bytes of its parts before compression, as the systems count them ([`crate::quant::Storage::payload_bytes`]).
     pub bytes: usize,
 }
 
@@ -178,7 +178,7 @@ impl Artifact {
                 name: entry.name.clone(),
                 shape: entry.shape.clone(),
                 dtype: entry.dtype_label(),
-                bytes: entry.bytes(),
+                bytes: entry.payload_bytes(),
             })
             .collect();
         Ok(Inspection {

@@ -100,11 +100,6 @@ impl Entry {
         }
     }
 
-    /// Bytes of all parts.
-    pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.bytes).sum()
-    }
-
     /// Bytes of the parts that count ([`Storage::payload_bytes`]).
     pub fn payload_bytes(&self) -> usize {
         self.storage.payload_bytes(self.parts.iter().map(|part| (part.name, part.bytes)))

@@ -109,8 +109,7 @@ impl Ternary {
         if nonzero == 0 {
             return 0.0;
         }
-        let share = (nonzero as f64 / self.codes.len() as f64) as f32;
-        (f64::from(self.gamma) / f64::from(share)) as f32
+        (f64::from(self.gamma) / (nonzero as f64 / self.codes.len() as f64)) as f32
     }
 
     /// The weights.
