@@ -33,7 +33,9 @@ impl Scheme {
             Self::Fp16 => Export::Fp16,
             Self::Int6 => Export::Own { bits: 6 },
             Self::Gptq(bits) => Export::Own { bits: bits.into() },
-            Self::Ternary => Export::OwnTernary(Packing::TwoBits),
+            // Smaller than 2 bits each under every codec too: by 0.2 to 0.5 % after brotli, 0.8 to 1.1 % after lzma (2 million codes
+            // of Gaussian, Laplace and t3 weights).
+            Self::Ternary => Export::OwnTernary(Packing::FiveTrits),
         }
     }
 
