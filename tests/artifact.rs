@@ -8,7 +8,10 @@ use fairway::artifact::container::Kind;
 use fairway::artifact::{Artifact, Budget, ByteTableSection, Codec, PieceRow, Sizes, is_artifact};
 use fairway::files;
 use fairway::host::HostTensor;
-use fairway::quant::{CONTROL_PATTERNS, QuantTensor, Scheme, Storage, quantize};
+use fairway::quant::ternary::Packing;
+use fairway::quant::{
+    CONTROL_PATTERNS, Context, Export, QuantTensor, Scheme, Storage, quantize, quantize_by,
+};
 use std::path::Path;
 
 #[test]
@@ -58,6 +61,43 @@ fn inspect_shows_what_was_written() {
     assert_eq!(seen.tensors.iter().map(|row| row.bytes as u64).sum::<u64>(), sizes.payload_bytes);
     let names: Vec<&str> = artifact.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     assert_eq!(seen.tensors.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), names);
+}
+
+#[test]
+fn codes_of_every_width_and_packing_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.fwy");
+    let mut rng = Rng(9);
+    let live = [rng.tensor("w", &[256, 260], 0.0, 0.5), rng.tensor("cube", &[2, 200, 200], 0.0, 0.5)];
+    let widths = (2..=8).map(|bits| {
+        (bits, Export::Pr1607 { bits, mlp_bits: 0, search_clip: false, fp16_embed: false }, &live[..])
+    });
+    let packings = [Packing::TwoBits, Packing::FiveTrits];
+    let packed =
+        packings.into_iter().zip(9..).map(|(packing, i)| (i, Export::OwnTernary(packing), &live[..1]));
+    let mut artifact = sample();
+    for (number, export, live) in widths.chain(packed) {
+        let quantized = quantize_by(export, live, &Context::default()).unwrap();
+        let named = quantized.into_iter().map(|q| QuantTensor { name: format!("{number}.{}", q.name), ..q });
+        artifact.tensors.extend(named);
+    }
+    let sizes = artifact.write(&path, Codec::Zlib).unwrap();
+    let read = Artifact::read(&path).unwrap();
+    assert_eq!(read, artifact);
+    let seen = Artifact::inspect(&path).unwrap();
+    let dtype = |name: &str| seen.tensors.iter().find(|row| row.name == name).unwrap().dtype.as_str();
+    assert_eq!(["2.w", "7.w", "8.w"].map(dtype), ["int2/row", "int7/row", "int8/row"]);
+    assert_eq!(["5.cube", "9.w", "10.w"].map(dtype), ["int5/tensor", "ternary/2bit", "ternary/5trit"]);
+    let payload = artifact.stats().payload_bytes as u64;
+    assert_eq!((sizes.payload_bytes, seen.payload_bytes), (payload, payload));
+    assert_eq!(seen.tensors.iter().map(|row| row.bytes as u64).sum::<u64>(), payload);
+    // The two ternary scales are in the file all the same.
+    assert_eq!(sizes.sections[3].2, payload + 16);
+    for (tensor, number) in read.tensors.iter().rev().zip([10, 9]) {
+        assert_eq!(tensor.name, format!("{number}.w"));
+        assert_eq!(tensor.payload_bytes(), [256 * 260 / 4, 256 * 260 / 5][number - 9]);
+        assert!(tensor.dequantize().is_ok());
+    }
 }
 
 /// An artifact with nothing in it but what the test sets.

@@ -13,13 +13,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const KINDS: [&str; 57] = [
+const KINDS: [&str; 65] = [
     "data.byte_table",
     "eval.eval_1382_a",
     "eval.eval_1382_ttt",
     "eval.eval_1382_ttt_freeze2",
     "eval.eval_1607_a",
     "eval.eval_1607_exact",
+    "eval.hessians_1607",
     "layer.mamba2",
     "model.challenge",
     "model.pr1382",
@@ -66,7 +67,14 @@ const KINDS: [&str; 57] = [
     "optim.adamw",
     "optim.muon",
     "optim.newton_schulz",
+    "quant.export_1607",
+    "quant.export_1994",
+    "quant.gptq",
+    "quant.gptq_int6",
+    "quant.int6_clip_search",
     "quant.int8",
+    "quant.mixed_int6_1382",
+    "quant.pack_ternary_1994",
     "train.challenge",
     "train.pr1382",
     "train.pr1607",
@@ -155,13 +163,13 @@ fn worst_by_kind(dir: &Path, report: &Report) -> BTreeMap<String, f64> {
 }
 
 #[test]
-fn the_core_set_has_every_kind_in_less_than_9_mb() {
+fn the_core_set_has_every_kind_in_less_than_11_mb() {
     let index = index_of(&core());
     let kinds: BTreeSet<&str> = index.values().filter_map(|entry| entry["kind"].as_str()).collect();
     assert_eq!(kinds, KINDS.into());
     let files: Vec<_> = fs::read_dir(core()).unwrap().map(|entry| entry.unwrap()).collect();
     let bytes: u64 = files.iter().map(|entry| entry.metadata().unwrap().len()).sum();
-    assert!(bytes < 9_000_000, "{bytes} bytes");
+    assert!(bytes < 11_000_000, "{bytes} bytes");
     assert_eq!(files.len(), index.len() + 2, "a file for each fixture and two indices");
 }
 
@@ -183,11 +191,11 @@ fn the_core_set_passes_on_every_device() {
         if target.precision == Precision::F64 {
             for kind in KINDS {
                 let bound = match kind.split('.').next() {
-                    Some("model") => 0.02,
+                    Some("model" | "eval") => 0.02,
                     // The peer's own float32.
                     Some("layer") => 0.1,
-                    // Through some steps of training.
-                    Some("eval") => 0.01,
+                    // A float32 mean, summed in another order than the peer's.
+                    Some("quant") if kind.ends_with("_1994") => 0.2,
                     // Float32 runs; the losses of PR #1607's are excused above.
                     Some("train") => {
                         if kind == "train.pr1607" {
@@ -245,7 +253,7 @@ fn only_takes_a_glob_of_names() {
     assert_eq!(error.exit_code(), 2);
     assert_eq!(
         error.to_string(),
-        "no fixture is named nothing*, --only, expected a glob that matches at least one of the 70 names"
+        "no fixture is named nothing*, --only, expected a glob that matches at least one of the 80 names"
     );
 }
 

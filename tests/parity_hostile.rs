@@ -408,6 +408,60 @@ fn another_grouping_schedule_or_list_than_the_peers_fails_its_row() {
 }
 
 #[test]
+fn a_quantiser_that_differs_in_one_code_count_or_list_fails_its_row() {
+    let fails = |name: &str, change: Change, tensor: &str| {
+        let row = Folder::of(name).change(change).failure();
+        assert_eq!(row.tensor, tensor, "{row:?}");
+        assert!(row.note.is_some());
+    };
+    let flip = |name: &str, tensor: &str| {
+        let folder = Folder::of(name).change(|_, t| t.get_mut(tensor).unwrap().2[0] ^= 1);
+        assert_eq!(folder.failure().tensor, tensor);
+    };
+    flip("q_int6_clip_search", "out.q.3.search1");
+    flip("q_int6_clip_search", "out.q1382.0");
+    flip("q_int6_clip_search", "out.vec_q.search0");
+    flip("q_export_1607", "quantized.blocks.0.mamba3.mamba3.in_proj.weight");
+    flip("q_export_1994", "packed_ternary.blocks.0.attn.c_q.weight");
+    flip("q_mixed_int6_1382", "out.tok_emb.weight.q");
+    flip("q_pack_ternary_1994", "out.packed.3_bf16");
+    flip("q_gptq_int6_12x64", "out.q_float64");
+    flip("q_gptq_int6_12x64", "out.percentile_q");
+    flip("gptq_int8", "out.Q");
+    flip("gptq_int8", "out.Q_rtn");
+    // The peer's float32 codes may differ in 0.2 %, as its note says: in one of these 768, not in two.
+    let gptq = |differ: usize, note: bool| {
+        let folder = Folder::of("q_gptq_int6_12x64").change(|entry, t| {
+            t.get_mut("out.q").unwrap().2[..differ].iter_mut().for_each(|code| *code ^= 1);
+            if !note {
+                entry.as_object_mut().unwrap().remove("note");
+            }
+        });
+        folder.run().failed
+    };
+    assert_eq!([gptq(0, false), gptq(1, true), gptq(1, false), gptq(2, true)], [0, 0, 1, 1]);
+    fails("q_gptq_int6_12x64", |e, _| e["dead_columns"] = json!(2), "dead_columns");
+    fails("gptq_int8", |e, _| e["config"]["loss_gptq"] = json!(0.83), "loss_gptq");
+    fails(
+        "q_export_1607",
+        |e, _| e["stats"]["int8_payload_bytes"] = json!(69_353),
+        "stats.int8_payload_bytes",
+    );
+    fails("q_export_1607", |e, _| e["dtypes"] = json!({"tok_emb.weight": "bfloat16"}), "dtypes");
+    let gamma = "packed_ternary_meta.blocks.0.attn.c_q.weight.gamma";
+    fails(
+        "q_export_1994",
+        |e, _| e["packed_ternary_meta"]["blocks.0.attn.c_q.weight"]["gamma"] = json!(0.080_549_1),
+        gamma,
+    );
+    let kind = "kinds.tok_emb.weight";
+    fails("q_mixed_int6_1382", |e, _| e["kinds"]["tok_emb.weight"] = json!({"type": "int6"}), kind);
+    fails("q_gptq_int6_12x64", |_, t| drop(t.remove("in.hessian")), "*");
+    fails("q_int6_clip_search", |e, _| e["cases"][2]["bits"] = json!(9), "*");
+    fails("q_export_1607", |e, _| e["config"] = json!({"bits": 1}), "*");
+}
+
+#[test]
 fn sizes_that_the_core_set_does_not_have() {
     // y = x at eps 0 for rows of one element of magnitude 1; one head, one position; an id of the largest size.
     let ones = |shape: &[usize]| f64s(shape, |i| if i % 2 == 0 { 1.0 } else { -1.0 });

@@ -1,7 +1,7 @@
 //! The int8 quantiser against the challenge's own exporter (fixture `chal_int8_roundtrip`) and its known sizes.
 
 use fairway::host::{HostTensor, HostType};
-use fairway::quant::int8::CLIP_QUANTILE;
+use fairway::quant::quantile::CLIP_QUANTILE;
 use fairway::quant::{CONTROL_PATTERNS, QuantTensor, Scheme, Stats, Storage, quantize};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};

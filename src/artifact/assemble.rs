@@ -6,8 +6,10 @@ use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::model;
-use crate::quant::{QuantTensor, Scheme, quantize};
-use crate::recipe::Recipe;
+use crate::model::plan::{Bank, Plan};
+use crate::ops::weight_form::WeightForm;
+use crate::quant::{Context, Export, Hessians, QuantTensor, Scheme, quantize_by};
+use crate::recipe::{PR1382, PR1607, PR1994, Recipe};
 
 /// Everything that scoring and sampling need of a model, in host memory.
 #[derive(Debug)]
@@ -39,17 +41,47 @@ pub fn parse_recipe(toml: &str, place: &str) -> Result<Recipe> {
 
 impl Artifact {
     /// Quantises `params` by `scheme` and puts everything that the model needs beside them.
+    ///
+    /// # Errors
+    /// Those of [`quantize_by`], and a scheme that needs calibration.
     pub fn assemble(
         recipe: &Recipe,
         tokenizer: &Tokenizer,
         params: &[HostTensor],
         scheme: Scheme,
     ) -> Result<Self> {
+        if scheme.needs_hessians() {
+            return Err(Error::input(format!("{scheme} without Hessians"), "--quant", "a calibration"));
+        }
+        Self::assemble_calibrated(recipe, tokenizer, params, scheme, Hessians::new())
+    }
+
+    /// The same with the Hessians of the model's linear layers; a weight without one is coded without.
+    pub fn assemble_calibrated(
+        recipe: &Recipe,
+        tokenizer: &Tokenizer,
+        params: &[HostTensor],
+        scheme: Scheme,
+        hessians: Hessians,
+    ) -> Result<Self> {
         let table = ByteTable::new(tokenizer, recipe.vocab_size)?;
         // Heads that only training uses stay behind.
         let recipe = Recipe { mtp_num_heads: 0, ..recipe.clone() };
         let params: Vec<HostTensor> =
             params.iter().filter(|param| !param.name.starts_with(model::AHEAD)).cloned().collect();
+        let plan = Plan::of(&recipe)?;
+        let export = export_of(scheme, &recipe);
+        // The matrices of a bank have rows, columns and Hessians of their own. (The challenge's int8 knows no banks.)
+        let params = match export {
+            Export::Challenge | Export::Fp16 => params,
+            _ => split_banks(params, &plan.banks)?,
+        };
+        let bit_linear = plan.specs.iter().filter(|spec| spec.form == WeightForm::BitLinear);
+        let context = Context {
+            controls: recipe.int8_keep_float_fp32_name_patterns.clone(),
+            bit_linear: bit_linear.map(|spec| spec.name.clone()).collect(),
+            hessians,
+        };
         let piece = |p: &Piece| PieceRow { text: p.text.clone(), score: p.score, kind: p.kind as u8 };
         Ok(Self {
             recipe_toml: recipe.to_toml(),
@@ -67,7 +99,7 @@ impl Artifact {
             } else {
                 tokenizer.pieces().iter().map(piece).collect()
             },
-            tensors: quantize(scheme, &params, &recipe.int8_keep_float_fp32_name_patterns)?,
+            tensors: quantize_by(export, &params, &context)?,
         })
     }
 
@@ -106,11 +138,142 @@ impl Artifact {
             ));
         }
         let params: Result<Vec<HostTensor>> = self.tensors.iter().map(|tensor| tensor.dequantize()).collect();
+        let params = join_banks(params?, &Plan::of(&recipe)?.banks, place)?;
         Ok(Contents {
             recipe,
             tokenizer,
             byte_table: ByteTable { base_bytes, has_leading_space, is_boundary },
-            params: params?,
+            params,
         })
+    }
+}
+
+/// The rules of a scheme for a recipe: those of the source system, where it has some and the recipe is as its code is written; ours
+/// otherwise.
+fn export_of(scheme: Scheme, recipe: &Recipe) -> Export {
+    let own = scheme.export();
+    if !recipe.as_written {
+        return own;
+    }
+    match (own, recipe.system.as_str()) {
+        (Export::Own { bits }, PR1607) => {
+            Export::Pr1607 { bits, mlp_bits: 0, search_clip: true, fp16_embed: true }
+        }
+        (Export::Own { bits: 6 }, PR1382) => Export::Pr1382,
+        (Export::OwnTernary(_), PR1994) if recipe.ternary_body => Export::Pr1994,
+        _ => own,
+    }
+}
+
+/// Each bank's matrices as tensors of their own, where the bank stands.
+fn split_banks(tensors: Vec<HostTensor>, banks: &[Bank]) -> Result<Vec<HostTensor>> {
+    let mut split = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let Some(bank) = banks.iter().find(|bank| bank.name == tensor.name) else {
+            split.push(tensor);
+            continue;
+        };
+        let (count, size) = (bank.members.len(), tensor.bytes.len() / bank.members.len().max(1));
+        if tensor.shape.first() != Some(&count) || size == 0 || tensor.bytes.len() % count != 0 {
+            return Err(Error::input(
+                format!("tensor {} has shape {:?}", tensor.name, tensor.shape),
+                &tensor.name,
+                format!("{count} matrices"),
+            ));
+        }
+        split.extend(bank.members.iter().zip(tensor.bytes.chunks(size)).map(|(name, bytes)| HostTensor {
+            name: name.clone(),
+            shape: tensor.shape[1..].to_vec(),
+            dtype: tensor.dtype,
+            bytes: bytes.to_vec(),
+        }));
+    }
+    Ok(split)
+}
+
+/// The inverse: a bank whose first matrix is there is put where that stands.
+fn join_banks(tensors: Vec<HostTensor>, banks: &[Bank], place: &str) -> Result<Vec<HostTensor>> {
+    let mut joined: Vec<HostTensor> = Vec::with_capacity(tensors.len());
+    let bank_of = |name: &str| banks.iter().find(|bank| bank.members.iter().any(|member| member == name));
+    for tensor in tensors {
+        let Some(bank) = bank_of(&tensor.name) else {
+            joined.push(tensor);
+            continue;
+        };
+        let at = joined.iter().position(|known| known.name == bank.name);
+        let done = at.map_or(0, |at| joined[at].shape[0]);
+        let fits =
+            at.is_none_or(|at| joined[at].shape[1..] == tensor.shape && joined[at].dtype == tensor.dtype);
+        if bank.members.get(done) != Some(&tensor.name) || !fits {
+            return Err(Error::input(
+                format!("tensor {} of shape {:?}", tensor.name, tensor.shape),
+                place,
+                format!("the matrices of {} in their order and of one shape", bank.name),
+            ));
+        }
+        match at {
+            Some(at) => {
+                joined[at].shape[0] += 1;
+                joined[at].bytes.extend(tensor.bytes);
+            }
+            None => joined.push(HostTensor {
+                name: bank.name.clone(),
+                shape: [&[1], tensor.shape.as_slice()].concat(),
+                ..tensor
+            }),
+        }
+    }
+    Ok(joined)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::BuiltIn;
+
+    #[test]
+    fn banks_are_split_and_joined() {
+        let bank = |name: &str, members: &[&str]| Bank {
+            name: name.into(),
+            members: members.iter().map(|m| m.to_string()).collect(),
+        };
+        let banks = [bank("qo", &["q", "o"]), bank("kv", &["k", "v"])];
+        let values = |n: usize, from: f32| (0..n).map(|i| i as f32 + from).collect::<Vec<f32>>();
+        let tensors = vec![
+            HostTensor::from_f32("qo", &[2, 3, 2], &values(12, 0.0)),
+            HostTensor::from_f32("kv", &[2, 1, 2], &values(4, 50.0)),
+            HostTensor::from_f32("e", &[2], &values(2, 9.0)),
+        ];
+        let split = split_banks(tensors.clone(), &banks).unwrap();
+        let names: Vec<&str> = split.iter().map(|tensor| tensor.name.as_str()).collect();
+        assert_eq!(names, ["q", "o", "k", "v", "e"]);
+        assert_eq!((split[1].shape.as_slice(), split[1].to_f32()), ([3, 2].as_slice(), values(6, 6.0)));
+        assert_eq!(join_banks(split.clone(), &banks, "here").unwrap(), tensors);
+        // One missing at the end is left for the model to find; another order, or another shape, is refused here.
+        let mut swapped = split.clone();
+        swapped.swap(0, 1);
+        assert_eq!(join_banks(swapped, &banks, "here").unwrap_err().exit_code(), 2);
+        let mut reshaped = split;
+        reshaped[1].shape = vec![2, 3];
+        assert_eq!(join_banks(reshaped, &banks, "here").unwrap_err().exit_code(), 2);
+        assert!(split_banks(vec![HostTensor::from_f32("qo", &[3, 1], &values(3, 0.0))], &banks).is_err());
+    }
+
+    #[test]
+    fn the_systems_have_their_own_rules_as_written() {
+        let export = |recipe: &str, scheme: &str, as_written: bool| {
+            let recipe = Recipe { as_written, ..BuiltIn::find(recipe).unwrap().recipe().unwrap() };
+            export_of(scheme.parse().unwrap(), &recipe)
+        };
+        assert_eq!(export("mamba3-hinge", "int6", true), crate::quant::exports::PR1607);
+        assert_eq!(export("mamba3-hinge", "gptq-int6", true), crate::quant::exports::PR1607);
+        assert_eq!(export("mamba1-unet", "gptq-int6", true), Export::Pr1382);
+        assert_eq!(export("mamba1-unet", "gptq-int5", true), Export::Own { bits: 5 });
+        assert_eq!(export("ternary-loop", "ternary", true), Export::Pr1994);
+        assert_eq!(export("mamba3-hinge", "int8", true), Export::Challenge);
+        for recipe in ["mamba3-hinge", "mamba1-unet", "baseline"] {
+            assert_eq!(export(recipe, "int6", false), Export::Own { bits: 6 });
+        }
+        assert_eq!(export("baseline", "int6", true), Export::Own { bits: 6 });
     }
 }

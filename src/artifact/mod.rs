@@ -53,7 +53,7 @@ pub struct Artifact {
 pub struct Sizes {
     /// The file's size.
     pub bytes: u64,
-    /// The tensors' parts before compression.
+    /// The tensors' parts before compression, as the systems count them ([`crate::quant::Storage::payload_bytes`]).
     pub payload_bytes: u64,
     /// Bytes in the file, and before compression, of each section.
     pub sections: [(Kind, u64, u64); Kind::ALL.len()],
@@ -68,7 +68,7 @@ pub struct TensorRow {
     pub shape: Vec<usize>,
     /// How it is stored ([`crate::quant::Storage::label`]); a raw tensor's element type.
     pub dtype: String,
-    /// Bytes of its parts before compression.
+    /// Bytes of its parts before compression, as the systems count them ([`crate::quant::Storage::payload_bytes`]).
     pub bytes: usize,
 }
 
@@ -77,7 +77,7 @@ pub struct TensorRow {
 pub struct Inspection {
     /// The file's size.
     pub bytes: u64,
-    /// The tensors' parts before compression.
+    /// The tensors' parts before compression, as the systems count them ([`crate::quant::Storage::payload_bytes`]).
     pub payload_bytes: u64,
     /// Elements of all tensors.
     pub params: u64,
@@ -129,7 +129,7 @@ impl Artifact {
         }
         let sizes = Sizes {
             bytes: file.len() as u64,
-            payload_bytes: data.len() as u64,
+            payload_bytes: self.stats().payload_bytes as u64,
             sections: std::array::from_fn(|i| {
                 (Kind::ALL[i], sealed[i].stored.len() as u64, u64::from(sealed[i].raw_len))
             }),
@@ -166,9 +166,9 @@ impl Artifact {
     pub fn inspect(path: &Path) -> Result<Inspection> {
         let (container, head) = Head::open(path)?;
         let mut data = container.stream(Kind::TensorData)?;
-        let payload_bytes = container.section(Kind::TensorData).raw_len;
-        std::io::copy(&mut data.by_ref().take(payload_bytes), &mut sink())
-            .and_then(|len| if len == payload_bytes { data.finish() } else { Err(codec::short()) })
+        let data_bytes = container.section(Kind::TensorData).raw_len;
+        std::io::copy(&mut data.by_ref().take(data_bytes), &mut sink())
+            .and_then(|len| if len == data_bytes { data.finish() } else { Err(codec::short()) })
             .map_err(|error| container.broken(Kind::TensorData, &error))?;
         let tensors: Vec<TensorRow> = head
             .table
@@ -178,12 +178,12 @@ impl Artifact {
                 name: entry.name.clone(),
                 shape: entry.shape.clone(),
                 dtype: entry.dtype_label(),
-                bytes: entry.bytes(),
+                bytes: entry.payload_bytes(),
             })
             .collect();
         Ok(Inspection {
             bytes: container.bytes,
-            payload_bytes,
+            payload_bytes: head.table.entries.iter().map(|entry| entry.payload_bytes() as u64).sum(),
             params: head.table.entries.iter().map(|entry| entry.numel() as u64).sum(),
             recipe_toml: head.recipe.recipe_toml,
             quant: head.recipe.quant,

@@ -11,6 +11,7 @@
 use super::wire::{Cursor, put_signed, put_varint};
 use crate::error::{Error, Result};
 use crate::host::{HostTensor, HostType};
+use crate::quant::ternary::Packing;
 use crate::quant::{PartSpec, QuantTensor, Storage};
 use std::collections::HashSet;
 
@@ -32,12 +33,26 @@ const TYPES: [(u8, HostType); 8] = [
     (8, HostType::U8),
 ];
 
-const STORAGES: [(u8, Storage); 5] = [
+const STORAGES: [(u8, Storage); 19] = [
     (1, Storage::Raw),
     (2, Storage::F32),
     (3, Storage::F16),
     (4, Storage::Int8Row),
     (5, Storage::Int8Tensor),
+    (6, Storage::Ternary(Packing::TwoBits)),
+    (7, Storage::Ternary(Packing::FiveTrits)),
+    (12, Storage::IntRow(2)),
+    (13, Storage::IntRow(3)),
+    (14, Storage::IntRow(4)),
+    (15, Storage::IntRow(5)),
+    (16, Storage::IntRow(6)),
+    (17, Storage::IntRow(7)),
+    (22, Storage::IntTensor(2)),
+    (23, Storage::IntTensor(3)),
+    (24, Storage::IntTensor(4)),
+    (25, Storage::IntTensor(5)),
+    (26, Storage::IntTensor(6)),
+    (27, Storage::IntTensor(7)),
 ];
 
 /// How a part's bytes are arranged in the data.
@@ -85,9 +100,9 @@ impl Entry {
         }
     }
 
-    /// Bytes of all parts.
-    pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.bytes).sum()
+    /// Bytes of the parts that count ([`Storage::payload_bytes`]).
+    pub fn payload_bytes(&self) -> usize {
+        self.storage.payload_bytes(self.parts.iter().map(|part| (part.name, part.bytes)))
     }
 }
 

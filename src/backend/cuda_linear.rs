@@ -87,7 +87,7 @@ impl LinearOps for Cuda {
         scale: Option<(&Param<Self>, usize)>,
     ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
         let rows = primitive(x.clone());
-        if !cuda_gated::fits(&rows) || e.dtype() != rows.dtype {
+        if !cuda_gated::fits(&rows) || e.dtype() != rows.dtype || w.is_watched() {
             return linear::added_forward(x, w, e, scale);
         }
         let scale = scale.map(|(scale, row)| primitive(scale.compute_rows().narrow(0, row, 1)));
@@ -121,7 +121,7 @@ impl MlpOps for Cuda {
         slope: f64,
     ) -> (Tensor<Self, 2>, Hidden<Self>) {
         let rows = primitive(x.clone());
-        if !fuses(&rows) {
+        if !fuses(&rows) || inner.is_watched() {
             return mlp::forward(x, inner, last, slope);
         }
         let weight = transposed(&primitive(inner.compute::<2>()));
@@ -302,8 +302,10 @@ fn accumulate_all<const N: usize>(weights: [&Param<Cuda>; N], x: &Matrix, grad: 
 /// Whether projections of `x` by these weights are one product: each part of it at a whole number of loads.
 pub(super) fn joins<const N: usize>(x: &Matrix, weights: &[&Param<Cuda>; N]) -> bool {
     let distinct = (1..N).all(|i| weights[..i].iter().all(|other| !weights[i].is(other)));
+    // A watched weight sums up its inputs in the plain projection.
+    let watched = weights.iter().any(|w| w.is_watched());
     let aligned = weights.iter().all(|w| (w.shape()[0] * x.elem_size()).is_multiple_of(LOAD_BYTES));
-    (2..=MOST_SOURCES).contains(&N) && distinct && aligned && fuses(x)
+    (2..=MOST_SOURCES).contains(&N) && distinct && !watched && aligned && fuses(x)
 }
 
 /// The weights one under the other, `[sum o, i]`: made once for each new value of one of them.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 pub struct Args {
     /// The run's folder
     run: PathBuf,
-    /// Quantisation: fp16, int8
+    /// Quantisation: fp16, int8, int6, ternary
     #[arg(long, value_name = "SCHEME", default_value = "int8")]
     quant: String,
     /// Compression: brotli, lzma, zstd, zlib

@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod block;
 pub mod embed;
+mod grams;
 pub mod init;
 pub mod mamba1;
 pub mod mamba2;

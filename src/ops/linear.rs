@@ -13,6 +13,9 @@ pub trait LinearOps: Base + MatmulOps + ResidualOps {
 
     /// `x[n, i]` to `y[n, o]` for the weight `w[o, i]`.
     fn project(x: Tensor<Self, 2>, w: &Param<Self::Plain>) -> Tensor<Self, 2> {
+        if w.is_watched() {
+            w.observe(Self::lower(x.clone()));
+        }
         forward::<Self>(x, Self::lift(w.compute()))
     }
 

@@ -45,7 +45,10 @@ struct Inner<B: Plain> {
     shape: Vec<usize>,
     compute_type: DType,
     trainable: AtomicBool,
+    watched: AtomicBool,
     state: Mutex<State<B>>,
+    /// The sum of x^T x over the inputs x that a watched weight was applied to.
+    gram: Mutex<Option<Primitive<B>>>,
     /// Of this parameter with others after it.
     joint: Mutex<Option<Joint<B>>>,
 }
@@ -95,6 +98,8 @@ impl<B: Plain> Param<B> {
             shape: shape.to_vec(),
             compute_type,
             trainable: AtomicBool::new(true),
+            watched: AtomicBool::new(false),
+            gram: Mutex::new(None),
             state: Mutex::new(State {
                 value: primitive(flat.clone()),
                 compute: Computing::new(primitive(flat.clone())),
@@ -291,6 +296,33 @@ impl<B: Plain> Param<B> {
     /// Freezes the parameter, or lets it train again.
     pub fn set_trainable(&self, trainable: bool) {
         self.0.trainable.store(trainable, Ordering::Relaxed);
+    }
+
+    /// Whether the inputs of a linear layer with this weight are summed up ([`Self::observe`]).
+    pub fn is_watched(&self) -> bool {
+        self.0.watched.load(Ordering::Relaxed)
+    }
+
+    /// Begins to sum up the inputs of a linear layer with this weight, or ends it.
+    pub fn set_watched(&self, watched: bool) {
+        self.0.watched.store(watched, Ordering::Relaxed);
+    }
+
+    /// Adds x^T x of inputs `x[n, i]` to the sum, in f32 (f64 for f64): what calibration reads ([`Self::take_gram`]).
+    pub fn observe(&self, x: Tensor<B, 2>) {
+        let wide = super::accumulate_type(x.dtype());
+        let product = B::matmul_as(x.clone().transpose(), x, wide);
+        let mut gram = self.0.gram.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = match gram.take() {
+            Some(sum) => tensor::<B, 2>(sum) + product,
+            None => product,
+        };
+        *gram = Some(primitive(sum));
+    }
+
+    /// Takes the sum over the inputs seen, `[i, i]`, and leaves none.
+    pub fn take_gram(&self) -> Option<Tensor<B, 2>> {
+        self.0.gram.lock().unwrap_or_else(PoisonError::into_inner).take().map(tensor)
     }
 
     /// The accumulated gradient, if any backward has reached the parameter. `D` must be the parameter's rank.

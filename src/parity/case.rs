@@ -123,7 +123,11 @@ impl<'a, P: Plain> Case<'a, P> {
             return Row { note: Some("this kind gives no such result".into()), ..row };
         };
         let found = compare(got, expected, tolerance);
-        let measured = matches!(tolerance, Tolerance::Absolute(_)).then(|| "absolute".to_string());
+        let measured = match tolerance {
+            Tolerance::Relative(_) => None,
+            Tolerance::Absolute(_) => Some("absolute".to_string()),
+            Tolerance::Differing(_) => Some("elements that differ".to_string()),
+        };
         let notes: Vec<String> = measured.into_iter().chain(found.note).collect();
         let note = (!notes.is_empty()).then(|| notes.join("; "));
         Row { error: found.error, ok: found.ok, note, ..row }

@@ -9,13 +9,15 @@ pub(super) enum Tolerance {
     Relative(f64),
     /// The largest absolute error.
     Absolute(f64),
+    /// The number of elements that are not equal.
+    Differing(f64),
 }
 
 impl Tolerance {
     /// The bound.
     pub fn bound(self) -> f64 {
         match self {
-            Self::Relative(bound) | Self::Absolute(bound) => bound,
+            Self::Relative(bound) | Self::Absolute(bound) | Self::Differing(bound) => bound,
         }
     }
 }
@@ -55,9 +57,10 @@ pub(super) fn compare(got: &HostTensor, expected: &HostTensor, tolerance: Tolera
         let found = position(at, &got.shape);
         return Finding::refused(format!("the result holds {} at {found:?}", values[at]));
     }
-    let mut worst = (0, 0.0);
+    let (mut worst, mut differing) = ((0, 0.0), 0);
     for (at, (value, wanted)) in values.iter().zip(&wanted).enumerate() {
         let error = (value - wanted).abs();
+        differing += usize::from(error > 0.0);
         if error > worst.1 {
             worst = (at, error);
         }
@@ -65,6 +68,7 @@ pub(super) fn compare(got: &HostTensor, expected: &HostTensor, tolerance: Tolera
     let largest = wanted.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
     let error = match tolerance {
         Tolerance::Relative(_) if largest > 0.0 => worst.1 / largest,
+        Tolerance::Differing(_) => differing as f64,
         _ => worst.1,
     };
     let ok = error <= tolerance.bound();
@@ -108,6 +112,9 @@ mod tests {
         assert!((found.error.unwrap() - 0.1).abs() < 1e-12 && !found.ok);
         assert!(compare(&host(&[2.0]), &host(&[2.0]), Tolerance::Relative(0.0)).ok);
         assert!(!compare(&host(&[2.0 + 1e-15]), &host(&[2.0]), Tolerance::Relative(0.0)).ok);
+        let found = compare(&host(&[2.0, 3.0, 4.0]), &host(&[2.0, 9.0, 5.0]), Tolerance::Differing(2.0));
+        assert!(found.error == Some(2.0) && found.ok);
+        assert!(!compare(&host(&[2.0, 3.0]), &host(&[2.0, 4.0]), Tolerance::Differing(0.5)).ok);
         // Against zeros the error is absolute.
         assert_eq!(compare(&host(&[1e-3]), &host(&[0.0]), Tolerance::Relative(0.1)).error, Some(1e-3));
     }

@@ -1,0 +1,187 @@
+//! Ternary matrices: codes -1, 0, 1 and one scale for the whole matrix (`spec/pr1994.md` section 8).
+//!
+//! The scale is kept as gamma, the mean magnitude of the weights: what a BitLinear layer computes its step from in each
+//! forward pass. So a matrix is restored as code x gamma / (share of codes that are not 0), whose mean magnitude is gamma
+//! again and which the layer's own rounding leaves as it is.
+//!
+//! Two packings, elements in row-major order, the first one lowest: 2 bits each (PR #1994's), or five trits a byte, which is
+//! 1.6 bits each.
+
+use super::clip::round_even;
+
+/// The least gamma (PR #1994).
+pub const LEAST_GAMMA: f32 = 1e-8;
+
+/// How codes become bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// Four codes a byte, the first in the lowest bits; the last byte is filled up with zero bits.
+    TwoBits,
+    /// Five codes a byte as digits of a number to base 3, the first the lowest; the last byte is filled up with digits 0.
+    FiveTrits,
+}
+
+impl Packing {
+    /// Codes in a byte, and the base that they are digits of.
+    fn digits(self) -> (usize, u8) {
+        match self {
+            Self::TwoBits => (4, 4),
+            Self::FiveTrits => (5, 3),
+        }
+    }
+
+    /// Bytes of `codes` codes.
+    pub fn bytes(self, codes: usize) -> usize {
+        codes.div_ceil(self.digits().0)
+    }
+
+    /// Packs codes from -1 to 1.
+    pub fn pack(self, codes: &[i8]) -> Vec<u8> {
+        let (count, base) = self.digits();
+        let digit = |code: &i8| (code.clamp(&-1, &1) + 1).cast_unsigned();
+        codes
+            .chunks(count)
+            .map(|codes| codes.iter().rev().fold(0, |byte, code| byte * base + digit(code)))
+            .collect()
+    }
+
+    /// The first `count` codes; none if `packed` is not as long as they are, or holds a digit that no code has (in the
+    /// filling too: one matrix has one packing).
+    pub fn unpack(self, packed: &[u8], count: usize) -> Option<Vec<i8>> {
+        if packed.len() != self.bytes(count) {
+            return None;
+        }
+        let (per_byte, base) = self.digits();
+        let mut codes = Vec::with_capacity(packed.len() * per_byte);
+        for &byte in packed {
+            let mut rest = byte;
+            for _ in 0..per_byte {
+                let digit = rest % base;
+                if digit > 2 {
+                    return None;
+                }
+                codes.push(digit.cast_signed() - 1);
+                rest /= base;
+            }
+            if rest > 0 {
+                return None;
+            }
+        }
+        let filling = codes.split_off(count);
+        filling.iter().all(|&code| code == -1).then_some(codes)
+    }
+}
+
+/// A matrix in ternary codes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ternary {
+    /// Codes from -1 to 1.
+    pub codes: Vec<i8>,
+    /// The mean magnitude of the restored matrix.
+    pub gamma: f32,
+}
+
+impl Ternary {
+    /// The codes of a BitLinear layer: gamma = max(mean |w|, 1e-8), code = clamp(round(w / gamma), -1, 1).
+    ///
+    /// The mean is summed in float64 and rounded once; PyTorch's float32 sum can differ from it in the last bit.
+    pub fn bit_linear(weights: &[f32]) -> Self {
+        let sum: f64 = weights.iter().map(|w| f64::from(w.abs())).sum();
+        let gamma = ((sum / weights.len().max(1) as f64) as f32).max(LEAST_GAMMA);
+        let code = |w: &f32| round_even((w / gamma).clamp(-1.0, 1.0)) as i8;
+        Self { codes: weights.iter().map(code).collect(), gamma }
+    }
+
+    /// The codes for a layer that uses its weights as they are: those of [`Self::bit_linear`], with the step that leaves the
+    /// least squared error.
+    pub fn least_squares(weights: &[f32]) -> Self {
+        let Self { codes, gamma } = Self::bit_linear(weights);
+        let agreement: f64 = weights.iter().zip(&codes).map(|(w, &c)| f64::from(w * f32::from(c))).sum();
+        let nonzero = codes.iter().filter(|code| **code != 0).count();
+        // The step is agreement / nonzero, and gamma the step times the share of codes that are not 0.
+        let mean = (agreement / codes.len().max(1) as f64) as f32;
+        Self { codes, gamma: if nonzero > 0 { mean.max(LEAST_GAMMA) } else { gamma } }
+    }
+
+    /// The step: gamma over the share of codes that are not 0; 0 for a matrix of zeros.
+    pub fn step(&self) -> f32 {
+        let nonzero = self.codes.iter().filter(|code| **code != 0).count();
+        if nonzero == 0 {
+            return 0.0;
+        }
+        (f64::from(self.gamma) / (nonzero as f64 / self.codes.len() as f64)) as f32
+    }
+
+    /// The weights.
+    pub fn restore(&self) -> Vec<f32> {
+        let step = self.step();
+        self.codes.iter().map(|&code| f32::from(code) * step).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packings_are_their_formats() {
+        assert_eq!(Packing::TwoBits.pack(&[-1, 0, 1, 0, 1]), [0b0110_0100, 0b10]);
+        assert_eq!(Packing::FiveTrits.pack(&[-1, 0, 1, 0, 1, 1]), [3 + 2 * 9 + 27 + 2 * 81, 2]);
+        assert_eq!(Packing::FiveTrits.pack(&[1; 5]), [242]);
+        assert!(Packing::TwoBits.pack(&[]).is_empty());
+    }
+
+    #[test]
+    fn unpacking_is_the_inverse_at_every_length() {
+        let codes: Vec<i8> = (0..97).map(|i: i32| (((i * i) / 3 + i) % 3 - 1) as i8).collect();
+        for packing in [Packing::TwoBits, Packing::FiveTrits] {
+            for n in 0..codes.len() {
+                let packed = packing.pack(&codes[..n]);
+                assert_eq!(packed.len(), packing.bytes(n));
+                assert_eq!(packing.unpack(&packed, n).as_deref(), Some(&codes[..n]), "{packing:?} {n}");
+                assert!(packing.unpack(&packed, n + packing.digits().0).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_no_packing_makes_are_refused() {
+        assert!(Packing::TwoBits.unpack(&[0b1100_0000], 4).is_none());
+        assert!(Packing::FiveTrits.unpack(&[243], 5).is_none());
+        // Filling that is not empty.
+        assert!(Packing::TwoBits.unpack(&[0b0100_0000], 3).is_none());
+        assert!(Packing::FiveTrits.unpack(&[81], 4).is_none());
+        assert!(Packing::FiveTrits.unpack(&[80], 4).is_some());
+    }
+
+    #[test]
+    fn a_restored_matrix_codes_as_itself() {
+        let weights: Vec<f32> = (0..999i32).map(|i| ((i * 7919) % 2011 - 1005) as f32 / 9000.0).collect();
+        let ternary = Ternary::bit_linear(&weights);
+        let restored = ternary.restore();
+        let again = Ternary::bit_linear(&restored);
+        assert_eq!(again.codes, ternary.codes);
+        assert!((again.gamma / ternary.gamma - 1.0).abs() < 1e-6);
+        let error = |restored: &[f32]| -> f64 {
+            weights.iter().zip(restored).map(|(w, r)| f64::from(w - r).powi(2)).sum()
+        };
+        let fitted = Ternary::least_squares(&weights);
+        assert_eq!(fitted.codes, ternary.codes);
+        let best = error(&fitted.restore());
+        assert!(best < error(&restored));
+        for factor in [0.99, 1.01] {
+            let moved = Ternary { gamma: fitted.gamma * factor, ..fitted.clone() };
+            assert!(error(&moved.restore()) > best);
+        }
+    }
+
+    #[test]
+    fn zeros_stay_zeros() {
+        for ternary in
+            [Ternary::bit_linear(&[0.0; 7]), Ternary::least_squares(&[0.0; 7]), Ternary::bit_linear(&[])]
+        {
+            assert_eq!(ternary.gamma, LEAST_GAMMA);
+            assert!(ternary.restore().iter().all(|w| *w == 0.0));
+        }
+    }
+}
