@@ -37,7 +37,7 @@ const fn sizes(
 
 /// Around the edges of the kernels' tiles (32, 64, 128, 192), continued from a cache, with every head size that they take
 /// and some that they do not, windows shorter and longer than a block and than the sequence, documents, and both.
-const CASES: [Sizes; 39] = [
+const CASES: [Sizes; 43] = [
     sizes([1, 1, 1, 1, 1, 64], None, false),
     sizes([2, 7, 7, 4, 2, 32], None, false),
     sizes([1, 63, 63, 3, 3, 64], None, false),
@@ -78,6 +78,12 @@ const CASES: [Sizes; 39] = [
     sizes([1, 140, 140, 2, 1, 64], Some(100), true),
     sizes([1, 90, 90, 2, 2, 128], Some(50), true),
     sizes([1, 130, 130, 2, 1, 32], Some(70), true),
+    // Small ones of several blocks of queries and of keys, and of so many heads that an H100's multiprocessors each have
+    // several.
+    sizes([1, 193, 193, 1, 1, 64], None, false),
+    sizes([1, 130, 130, 1, 1, 128], None, false),
+    sizes([25, 9, 9, 16, 8, 64], None, false),
+    sizes([25, 7, 7, 16, 16, 128], None, false),
 ];
 
 impl Sizes {

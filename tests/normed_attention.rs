@@ -33,7 +33,7 @@ const SMALL: [Sizes; 5] = [
 
 /// For CUDA: around the edges of the kernel's blocks (64, 128), every head size that it takes, with chunks of its tables
 /// full, in part and empty, up to 8 heads a group and more than it takes, and what goes through the norm's own kernel.
-const LARGE: [Sizes; 30] = [
+const LARGE: [Sizes; 33] = [
     plain([2, 63, 2, 1, 64, 64], true),
     plain([1, 64, 4, 4, 64, 16], true),
     plain([1, 65, 2, 1, 64, 0], false),
@@ -65,6 +65,9 @@ const LARGE: [Sizes; 30] = [
     masked([1, 90, 2, 1, 128, 64], Some(40), true),
     masked([1, 100, 2, 1, 64, 32], Some(50), true),
     masked([1, 100, 2, 1, 128, 64], Some(45), false),
+    plain([1, 130, 2, 1, 64, 64], true),
+    plain([1, 130, 1, 1, 128, 128], true),
+    plain([1, 140, 4, 2, 32, 32], true),
 ];
 
 /// The root of the mean square and the largest magnitude of errors, and where the largest is.
