@@ -38,6 +38,8 @@ impl Case {
             num_heads: 2,
             num_kv_heads: 1,
             train_seq_len: 96,
+            train_batch_tokens: 768,
+            val_batch_size: 768,
             ..Recipe::load("baseline").unwrap()
         };
         Self { recipe, rows: 3 }
