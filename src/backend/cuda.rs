@@ -1,6 +1,6 @@
 //! NVIDIA GPUs: kernels from `cuda/`, the references in Burn's ops for the rest. Activations bf16 or f32.
 
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::launch_cuda::{Arguments, CudaKernel, float_word, known_element, launch};
 use super::matmul::matmul;
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
@@ -130,12 +130,7 @@ const RMS_NORM_COLUMNS: usize = 16_384;
 
 /// The kernel's element type for a tensor, if it takes that tensor.
 fn rms_norm_element(dtype: DType, rows: usize, columns: usize) -> Option<&'static str> {
-    let fits = rows > 0 && (1..=RMS_NORM_COLUMNS).contains(&columns);
-    match dtype {
-        DType::BF16 if fits => Some("__nv_bfloat16"),
-        DType::F32 if fits => Some("float"),
-        _ => None,
-    }
+    known_element(dtype).filter(|_| rows > 0 && (1..=RMS_NORM_COLUMNS).contains(&columns))
 }
 
 /// How a row is spread over threads.

@@ -2,7 +2,7 @@
 
 use super::cuda::Cuda;
 use super::cuda_linear::is_addable;
-use super::launch_cuda::{Arguments, CudaKernel, launch};
+use super::launch_cuda::{Arguments, CudaKernel, element, known_element, launch};
 use super::source::Source;
 use super::tensor::{LOAD_BYTES, dense, dense_int, empty, load_width, primitive, tensor};
 use crate::ops::{EmbeddingOps, Param, embedding};
@@ -37,7 +37,7 @@ impl EmbeddingOps for Cuda {
     fn embed(ids: Tensor<Self, 1, Int>, w: &Param<Self>) -> Tensor<Self, 2> {
         let ([tokens], table) = (ids.dims(), w.compute::<2>());
         let [vocab, columns] = table.dims();
-        let (Some(element), true) = (element(table.dtype()), takes(&ids, columns)) else {
+        let (Some(element), true) = (known_element(table.dtype()), takes(&ids, columns)) else {
             return embedding::forward(ids, w);
         };
         let (ids, table) = (dense_int(ids), dense(table));
@@ -58,7 +58,7 @@ impl EmbeddingOps for Cuda {
         let most = primitive(grad.clone()).client.properties().hardware.max_shared_memory_size;
         let shared = most - BESIDE;
         let fits = takes(&ids, columns) && vocab > 0 && sizes.places() <= shared && vocab * columns < 1 << 31;
-        let (Some(element), true) = (element(grad.dtype()), fits) else {
+        let (Some(element), true) = (known_element(grad.dtype()), fits) else {
             return embedding::backward(ids, w, grad);
         };
         assert_eq!(grad.dims(), [tokens, columns], "a gradient for each token");
@@ -108,22 +108,13 @@ fn sorted(ids: &Buffer, sizes: &Sizes, shared: usize) -> (Buffer, Buffer) {
     let (ranks, counts) = (words(sizes.tokens), words(tiles * pairs));
     let (starts, order) = (words(sizes.vocab + 1), words(2 * sizes.tokens));
     // Of which these kernels have nothing.
-    let form = Form { element: "float", width: 1 };
+    let form = Form { element: element(DType::F32), width: 1 };
     let counting = Some(("COUNTING", sizes.counting(shared)));
     form.launch("embedding_count", [tiles, 1], SORTERS, counting, &[ids, &ranks, &counts], sizes);
     let blocks = sizes.tile().div_ceil(sizes.span());
     let buffers = [ids, &ranks, &counts, &starts, &order];
     form.launch("embedding_order", [blocks, tiles], SORTERS, None, &buffers, sizes);
     (starts, order)
-}
-
-/// The kernels' element type for a tensor's.
-fn element(dtype: DType) -> Option<&'static str> {
-    match dtype {
-        DType::BF16 => Some("__nv_bfloat16"),
-        DType::F32 => Some("float"),
-        _ => None,
-    }
 }
 
 /// Whether the kernels, which count rows' elements in 32 bits, take so many.
