@@ -209,8 +209,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_common_widths_and_the_extremes() {
-        let variants: Vec<&str> =
-            RMS_NORM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let variants: Vec<&str> = RMS_NORM.variants().collect();
         for (element, size, columns) in [
             ("__nv_bfloat16", 2, 64),
             ("__nv_bfloat16", 2, 512),

@@ -174,8 +174,8 @@ fn elementwise(
         _ => columns,
     };
     let size = outputs[0].elem_size();
-    let aligned = (columns * size).is_multiple_of(LOAD_BYTES)
-        && tensors.iter().all(|x| has_aligned_rows(x, stride(x)));
+    let aligned =
+        (columns * size).is_multiple_of(LOAD_BYTES) && tensors.iter().all(|x| has_aligned_rows(x, stride(x)));
     let width = if aligned { LOAD_BYTES / size } else { 1 };
 
     let packs = elements / width;

@@ -3,8 +3,8 @@
 
 use super::cuda::Cuda;
 use super::launch_cuda::{
-    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch, launch_strided,
-    multiprocessors,
+    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch,
+    launch_strided, multiprocessors,
 };
 use super::source::Source;
 use super::tensor::{aligned, copied, dense, empty, is_aligned, primitive, tensor};

@@ -6,6 +6,7 @@ use super::launch_cuda::{Arguments, CudaKernel, element, known_element, launch};
 use super::source::Source;
 use super::tensor::{LOAD_BYTES, dense, dense_int, empty, load_width, primitive, tensor};
 use crate::ops::{EmbeddingOps, Param, embedding};
+use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
@@ -64,22 +65,22 @@ impl EmbeddingOps for Cuda {
         assert_eq!(grad.dims(), [tokens, columns], "a gradient for each token");
         let (ids, grad) = (dense_int(ids), dense(grad));
         let (starts, order) = sorted(&ids, &sizes, shared);
-        w.update_grad(|sum| {
+        Param::accumulate_with([w], |[sum]| {
             // In place where nobody else holds it.
-            let (own, other) = match sum.map(primitive) {
+            let (own, other) = match sum {
                 Some(sum) if is_addable(&sum) => (Some(sum), None),
                 other => (None, other),
             };
-            let sums: Tensor<Self, 1> = tensor(summed(&starts, &order, &grad, own, element, &sizes));
-            match other {
-                Some(other) => tensor::<_, _, _, _, 1>(other) + sums,
+            let sums = summed(&starts, &order, &grad, own, element, &sizes);
+            [match other {
+                Some(other) => Self::float_add(other, sums),
                 None => sums,
-            }
+            }]
         });
     }
 }
 
-/// The sums of each id's rows, added into `to` if it is there: `[vocab * columns]`.
+/// The sums of each id's rows, added into `to` if it is there: `[vocab, columns]`.
 fn summed(
     starts: &Buffer,
     order: &Buffer,
@@ -90,7 +91,7 @@ fn summed(
 ) -> Buffer {
     let Sizes { tokens, vocab, columns } = *sizes;
     let add = Some(("ADD", usize::from(to.is_some())));
-    let to = to.unwrap_or_else(|| empty(grad, [vocab * columns], DType::F32));
+    let to = to.unwrap_or_else(|| empty(grad, [vocab, columns], DType::F32));
     let form = Form { element, width: load_width(&[grad], columns) };
     let (packs, parts) = (columns / form.width, tokens.div_ceil(PART));
     let edges = empty(grad, [2 * parts, columns], DType::F32);

@@ -172,8 +172,7 @@ mod tests {
                 let kernel = kernel(width, constants);
                 let form: BTreeSet<String> =
                     kernel.constants.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-                let variants =
-                    kernel.source.text().lines().filter_map(|line| line.strip_prefix("// variant: "));
+                let variants = kernel.source.variants();
                 let mut variants = variants.map(|line| line.split_whitespace().map(str::to_string).collect());
                 assert!(variants.any(|variant: BTreeSet<String>| variant == form), "{form:?}");
             }

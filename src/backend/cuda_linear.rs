@@ -318,9 +318,7 @@ fn beside<const N: usize>(like: &Matrix, grads: [Option<Matrix>; N], widths: [us
     }
     let mut widths = widths.into_iter();
     let parts = grads.map(|grad| {
-        let grad = grad.map(|grad| {
-            if pitch(&grad).is_some() { grad } else { into_contiguous(grad) }
-        });
+        let grad = grad.map(|grad| if pitch(&grad).is_some() { grad } else { into_contiguous(grad) });
         (grad, widths.next().unwrap_or_default())
     });
     debug_assert!(parts.iter().flat_map(|(grad, _)| grad).all(|grad| sizes(grad)[0] == sizes(like)[0]));

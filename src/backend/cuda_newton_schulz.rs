@@ -73,10 +73,7 @@ impl NewtonSchulzOps for Cuda {
 fn takes(x: &Buffer) -> bool {
     let shape = x.meta.shape();
     let aligned = |size: usize| (size * x.elem_size()).is_multiple_of(LOAD_BYTES);
-    cuda_matmul::fits(x)
-        && shape[0] <= MOST_MATRICES
-        && aligned(shape[1])
-        && aligned(shape[2])
+    cuda_matmul::fits(x) && shape[0] <= MOST_MATRICES && aligned(shape[1]) && aligned(shape[2])
 }
 
 /// The most matrices of a launch: the grid's second size.
@@ -235,8 +232,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_a_step() {
-        let forms: Vec<&str> =
-            PRODUCT.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let forms: Vec<&str> = PRODUCT.variants().collect();
         let mut tried = Vec::new();
         for tall in [false, true] {
             tried.push(Product { a_k_major: !tall, b_k_major: !tall, symmetric: true, added: false });

@@ -216,9 +216,7 @@ mod tests {
             kernel.constants.iter().map(|(name, value)| format!("-D{name}={value}")).collect()
         };
         let form = Form::of_heads(512).unwrap();
-        let mut expected = BTreeSet::new();
-        let mut text = String::new();
-        for (size, half, gain) in [
+        let kernels = [
             (64, 32, true),
             (64, 32, false),
             (64, 8, true),
@@ -226,20 +224,20 @@ mod tests {
             (32, 16, true),
             (128, 64, true),
             (128, 64, false),
-        ] {
+        ]
+        .map(|(size, half, gain)| {
             let outputs = [8 * size, 4 * size, 4 * size];
             let shape = Shape::new([64, 512], outputs, &how(1, 8, 4, [64, half])).unwrap();
-            let kernel = shape.kernel(form, gain);
-            expected.insert(variant(&kernel));
-            text = kernel.source.text().to_string();
-        }
-        let checked: BTreeSet<BTreeSet<String>> = text
-            .lines()
-            .filter_map(|line| line.strip_prefix("// variant: "))
+            shape.kernel(form, gain)
+        });
+        let expected: BTreeSet<BTreeSet<String>> = kernels.iter().map(variant).collect();
+        let source = kernels[0].source;
+        let checked: BTreeSet<BTreeSet<String>> = source
+            .variants()
             .filter(|variant| variant.contains("-DEPILOGUE=5"))
             .map(|variant| variant.split_whitespace().map(str::to_string).collect())
             .collect();
         assert_eq!(checked, expected);
-        assert!(text.contains("struct HeadScalars"), "the epilogue is pasted in");
+        assert!(source.text().contains("struct HeadScalars"), "the epilogue is pasted in");
     }
 }

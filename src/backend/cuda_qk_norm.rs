@@ -347,8 +347,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_the_recipes_heads() {
-        let variants: Vec<&str> =
-            QK_NORM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let variants: Vec<&str> = QK_NORM.variants().collect();
         for (element, bytes, size, half) in [
             ("__nv_bfloat16", 2, 64, 32),
             ("__nv_bfloat16", 2, 64, 8),

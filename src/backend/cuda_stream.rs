@@ -9,6 +9,7 @@ use super::tensor::{dense, empty, load_width, tensor};
 use crate::ops::stream::{BRANCHES, Branch, InputGrads, Inputs, Norm, OutputGrads, Outputs, Seen};
 use crate::ops::{Param, StreamOps, stream};
 use burn::tensor::{DType, Tensor};
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 
@@ -263,9 +264,9 @@ impl Target {
     /// Adds the sums over all blocks to the parameter's gradient.
     fn add(&self, partials: &Primitive, blocks: usize, slots: usize, columns: usize) {
         let elements = self.param.numel();
-        self.param.update_grad(|old| {
-            let old = old.map(dense);
-            let grad = empty(partials, [elements], DType::F32);
+        Param::accumulate_with([&self.param], |[old]| {
+            let old = old.map(into_contiguous);
+            let grad = empty(partials, self.param.shape().to_vec(), DType::F32);
             let scalars = [
                 blocks,
                 slots * columns,
@@ -284,7 +285,7 @@ impl Target {
             let scalars = scalars.map(|word| word as u64);
             let arguments = Arguments { buffers: &buffers, scalars: &scalars, ..Default::default() };
             launch(kernel, [elements.div_ceil(32) as u32, 1, 1], arguments);
-            tensor(grad)
+            [grad]
         });
     }
 }
@@ -315,8 +316,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_largest_forms() {
-        let variants: Vec<&str> =
-            STREAM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let variants: Vec<&str> = STREAM.variants().collect();
         for (element, size) in [("__nv_bfloat16", 2), ("float", 4)] {
             for (columns, width) in
                 [(512, 16 / size), (MOST_LANES * 16 / size, 16 / size), (MOST_LANES * 4, 1)]

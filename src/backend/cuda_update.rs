@@ -237,7 +237,8 @@ fn momentum(
     for (grad, buffer, new) in &tensors {
         buffers.extend([grad, buffer.as_ref().unwrap_or(grad), new]);
     }
-    let kernel = many("update_momentum", "MOMENTUM", known_element(updates.dtype), [width, PACKS], tensors.len());
+    let kernel =
+        many("update_momentum", "MOMENTUM", known_element(updates.dtype), [width, PACKS], tensors.len());
     let grid = [elements.div_ceil(THREADS * width * PACKS) as u32, tensors.len() as u32, 1];
     launch(kernel, grid, arguments(&buffers, &words));
     tensors.into_iter().map(|(_, _, new)| tensor(new)).collect()
@@ -399,12 +400,8 @@ mod tests {
             words.sort();
             words
         };
-        let variants: Vec<Vec<String>> = UPDATE
-            .text()
-            .lines()
-            .filter_map(|line| line.strip_prefix("// variant: "))
-            .map(|line| sorted(line.split(' ').map(String::from).collect()))
-            .collect();
+        let variants: Vec<Vec<String>> =
+            UPDATE.variants().map(|line| sorted(line.split(' ').map(String::from).collect())).collect();
         for (entry, part, element, sizes, count) in [
             ("update_adam", "ADAM", None, [4, ADAM_PACKS], 3),
             ("update_adam", "ADAM", None, [1, ADAM_PACKS], 1),
