@@ -13,6 +13,7 @@
 
 use super::source::Source;
 use super::{profile, views};
+use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::{CudaCompiler, CudaRuntime};
 use cubecl::ir::StorageType;
@@ -215,6 +216,25 @@ pub struct Arguments<'a> {
     pub scalars: &'a [u64],
     /// Arithmetic operations, where they and not the bytes bound the time: for profiles.
     pub operations: f64,
+}
+
+/// What the kernels call an element type, if they have it.
+pub fn known_element(dtype: DType) -> Option<&'static str> {
+    match dtype {
+        DType::BF16 => Some("__nv_bfloat16"),
+        DType::F32 => Some("float"),
+        _ => None,
+    }
+}
+
+/// [`known_element`] of a type that the kernels have.
+pub fn element(dtype: DType) -> &'static str {
+    known_element(dtype).unwrap_or_else(|| panic!("elements of {dtype:?}, expected bf16 or f32"))
+}
+
+/// The multiprocessors of the tensor's device.
+pub fn multiprocessors(x: &CubeTensor<CudaRuntime>) -> usize {
+    x.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
 }
 
 /// A float as a word of the scalars' struct: its bits in the lower half.

@@ -1,9 +1,10 @@
-//! Optimizers, their groups and their schedules.
+//! Optimizers, their groups and their schedules, and the step of a model in training.
 
 pub mod adam;
 pub mod averages;
 pub mod muon;
 pub mod schedule;
+pub mod step;
 
 use crate::model::spec::Spec;
 use crate::model::{AHEAD, EMBEDDING, HEAD, Model};
