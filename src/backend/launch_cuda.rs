@@ -27,6 +27,9 @@ use cubecl::{CompilationError, Compiler, CubeCount, CubeDim, CubeTask, Execution
 use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
 use std::fmt::Write;
 
+/// Tensors of a launch that a profile's row names.
+const NAMED_TENSORS: usize = 8;
+
 pub use cubecl::prelude::{TensorMapPrefetch, TensorMapSwizzle};
 
 /// A kernel: an entry point of a source, with its launch constants.
@@ -272,12 +275,12 @@ pub fn launch_strided(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) 
     let Some(first) = tensors().next().filter(|_| !grid.contains(&0)) else { return };
     debug_assert!(tensors().all(|t| t.device == first.device), "{}", kernel.entry);
     let shape = |t: &CubeTensor<CudaRuntime>| format!("{:?}", t.meta.shape().iter().collect::<Vec<_>>());
-    profile::note(
-        kernel.entry,
-        || tensors().map(shape).collect::<Vec<_>>().join(" "),
-        || distinct_bytes(tensors()),
-        operations,
-    );
+    let shapes = || {
+        let left_out = tensors().count().saturating_sub(NAMED_TENSORS);
+        let more = (left_out > 0).then(|| format!("and {left_out} more"));
+        tensors().take(NAMED_TENSORS).map(shape).chain(more).collect::<Vec<_>>().join(" ")
+    };
+    profile::note(kernel.entry, shapes, || distinct_bytes(tensors()), operations);
     // With nothing "dynamic" after them, all words arrive as one struct by value.
     let words = MetadataBindingInfo::new(scalars.to_vec(), scalars.len());
     let bindings = KernelArguments::new()

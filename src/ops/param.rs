@@ -272,6 +272,12 @@ impl<B: Plain> Param<B> {
         }
     }
 
+    /// Uninitialised memory of the value's size.
+    pub fn reserve(&self) -> Tensor<B, 1> {
+        let value = self.flat();
+        Tensor::empty([self.numel()], (&value.device(), value.dtype()))
+    }
+
     /// The type of the master value, the gradient and the optimizers' state.
     pub fn master_type(&self) -> DType {
         self.state().value.dtype()

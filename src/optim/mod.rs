@@ -226,6 +226,15 @@ impl<P: Plain> Optimizers<P> {
         state
     }
 
+    /// Memory of the size of the state that does not exist yet: held through the first forward and backward, it lets a
+    /// device's pools grow at once to what all later steps need.
+    pub fn reserve(&self) -> Vec<Tensor<P, 1>> {
+        let mut places = Vec::new();
+        self.adams.iter().for_each(|adam| adam.reserve(&mut places));
+        self.muon.reserve(&mut places);
+        places
+    }
+
     /// Sets the whole state; what is missing in it starts anew.
     pub fn restore(&mut self, state: &mut OptimizerState<P>) {
         self.adams.iter_mut().for_each(|adam| adam.restore(state));

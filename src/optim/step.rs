@@ -93,8 +93,10 @@ impl<P: Plain> Trainer<P> {
     /// in which case nothing is updated.
     pub fn step(&mut self, spans: &[Span], lr_mul: f64, muon_momentum: f64, step: usize) -> Result<f64> {
         self.set_quantised(self.quantised);
+        let places = self.optimizers.reserve();
         let loss = self.accumulate(spans)?;
         check_finite("training loss", loss, step)?;
+        drop(places);
         self.optimizers.step(lr_mul, muon_momentum);
         self.averages.update(step, lr_mul);
         Ok(loss)
