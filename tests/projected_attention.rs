@@ -450,8 +450,11 @@ impl Job for HeadsAgainstTheHost {
                 B::project_heads(on_device.x.clone(), on_device.weights.each_ref(), &on_device.how);
             let again = B::qk_norm(q, k, &on_device.how);
             for (a, b) in normed.map(download).iter().zip(again.map(download)) {
-                let rounding = epsilon(precision);
-                let near = a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= rounding * a.abs().max(b.abs()));
+                // A rotation's terms may cancel: what is left then has the f32 roundings of the largest.
+                let largest = b.iter().fold(0.0, |largest: f64, b| largest.max(b.abs()));
+                let least = 8.0 * f64::from(f32::EPSILON) * largest;
+                let bound = |a: &f64, b: &f64| epsilon(precision) * a.abs().max(b.abs()) + least;
+                let near = a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= bound(a, b));
                 let others = a.iter().zip(&b).filter(|(a, b)| a != b).count();
                 assert!(near && others * 100 <= a.len() + 100, "{sizes:?}: {others} of {} differ", a.len());
             }
