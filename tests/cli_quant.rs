@@ -93,8 +93,9 @@ fn losses_are_those_of_the_file_that_was_written() {
         }
         squared.push(number(loss(&report, MLP[0]), "mean_squared"));
     }
-    // Float16, int8, int6, GPTQ's int6 (farther from the weights than the nearest codes), int2.
-    assert!(squared[..5].windows(2).all(|pair| pair[0] < pair[1]), "{squared:?}");
+    // Float16, int6, GPTQ's int6 (farther from the weights than the nearest codes), its int2. (The challenge's int8 has a floor.)
+    let rising = [0, 2, 3, 4].map(|at| squared[at]);
+    assert!(rising.is_sorted_by(|a, b| a < b), "{squared:?}");
     // No data, no score.
     assert!(export(&place, "--quant int8 --out file")["bpb"].is_null());
 }

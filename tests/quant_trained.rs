@@ -171,7 +171,7 @@ fn gptq_of_a_trained_model_beats_rounding_to_nearest() {
 fn a_model_that_is_quantised_twice_gives_the_same_codes() {
     // Untrained, one layer: calibration and codes are decided by the seed.
     let target = resolve(&DeviceChoice::Cpu, None).unwrap();
-    let recipe = Recipe { num_layers: 1, train_seq_len: 24, tied_embed_init_std: 0.5, ..recipe() };
+    let recipe = Recipe { num_layers: 1, train_seq_len: 32, tied_embed_init_std: 0.5, ..recipe() };
     let model = fairway::model::Model::<fairway::backend::cpu::Cpu>::new(
         &recipe,
         &burn_ndarray::NdArrayDevice::Cpu,

@@ -9,9 +9,9 @@ use crate::quant::Hessians;
 use crate::quant::hessian::Hessian;
 use std::collections::HashMap;
 
-/// Positions of one forward at most (at least one sequence). The sums of so many are read from the device, and added in
-/// float64.
-const FORWARD_TOKENS: usize = 16_384;
+/// Positions of one forward at most (at least one sequence): rows of 4,096 channels then fill the 128 MB that some adapters bind.
+/// The sums of so many are read from the device, and added in float64.
+const FORWARD_TOKENS: usize = 8192;
 
 /// The Hessian of every linear layer of whose weight `wanted` says so and that runs, over all tokens of each sequence but the
 /// last. A layer that runs several times in a pass adds each of its runs; the head (a tied embedding too) is a layer, whose inputs
