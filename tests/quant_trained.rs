@@ -1,5 +1,5 @@
-//! Quantisation of a trained model: what it costs in bits per byte, rounded to nearest and by GPTQ, calibrated with what the model
-//! writes itself. A model in small that learns this program's own sources for some seconds on the CPU.
+//! Quantisation of a trained model: what it costs in bits per byte, rounded to nearest and by GPTQ, calibrated with what the
+//! model writes itself. A model in small that learns this program's own sources for some seconds on the CPU.
 
 use fairway::artifact::assemble::Prepared;
 use fairway::artifact::{Artifact, Codec};
@@ -123,7 +123,7 @@ impl Trained {
     }
 }
 
-/// The largest loss of an output among the matrices that are coded in fewer than 8 bits, and their sum.
+/// The losses of the outputs of the matrices that are coded in fewer than 8 bits.
 fn outputs(losses: &[TensorLoss]) -> Vec<(String, f64)> {
     let narrow = losses.iter().filter(|loss| loss.storage.starts_with("int") && loss.storage != "int8/row");
     narrow.map(|loss| (loss.name.clone(), loss.relative_output.expect("a Hessian"))).collect()

@@ -13,9 +13,9 @@ use std::collections::HashMap;
 /// The sums of so many are read from the device, and added in float64.
 const FORWARD_TOKENS: usize = 8192;
 
-/// The Hessian of every linear layer of whose weight `wanted` says so and that runs, over all tokens of each sequence but the
-/// last. A layer that runs several times in a pass adds each of its runs; the head (a tied embedding too) is a layer, whose inputs
-/// are the last hidden rows.
+/// The Hessian of every linear layer that runs and of whose weight `wanted` says so, over all tokens of each sequence but
+/// the last. A layer that runs several times in a pass adds each of its runs. The head is a layer too, also where it is the
+/// token embedding: its inputs are the last hidden rows.
 ///
 /// # Errors
 /// Input: no sequence, sequences without an input, ids that the model does not have; and errors of `progress`.
@@ -70,8 +70,8 @@ fn sums<P: Plain>(
     Ok(sums)
 }
 
-/// A tied embedding is read row by row too, where an error counts alike in every direction: as much of that as there is of the head
-/// on average.
+/// A tied embedding is read row by row too, where an error counts alike in every direction: as much of that as there is of
+/// the head on average.
 fn as_table_too(hessian: &mut [f64]) {
     let n = hessian.len().isqrt();
     let mean = hessian.iter().step_by(n + 1).sum::<f64>() / n.max(1) as f64;

@@ -1,7 +1,7 @@
 //! Text that a model writes itself: many sequences side by side, one token at a time from the cached state.
 //!
-//! The PRs compute the whole sequence again for every token (966.8 s for PR #1607's 32 sequences of 4,096 tokens). Each sequence
-//! has draws of its own, so that it does not depend on how many are written.
+//! The PRs compute the whole sequence again for every token (966.8 s for PR #1607's 32 sequences of 4,096 tokens). Each
+//! sequence has draws of its own, so that it does not depend on how many are written.
 
 use super::{Phase, Progress, Sequences};
 use crate::error::{Error, Result};
@@ -12,8 +12,8 @@ use crate::ops::Plain;
 use crate::recipe::{PR1382, PR1607, Recipe};
 use rand::Rng;
 
-/// Sequences that are written side by side: enough that a step costs little more than one of a single sequence, and few enough
-/// for attention's keys and values (0.6 GB for the baseline in f32).
+/// Sequences that are written side by side: enough to share a step's reading of the weights, few enough for the keys and
+/// values that attention keeps of them (0.6 GB for the baseline in f32).
 const ABREAST: usize = 32;
 
 /// What the model is to write.
@@ -30,8 +30,8 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// As the recipe's system has it: 32 sequences (PR #1382: 64) of the training length at temperature 0.8, drawn by the recipe's
-    /// seed (as PR #1607 is written: by 1337, whatever the recipe's).
+    /// As the recipe's system has it: 32 sequences (PR #1382: 64) of the training length at temperature 0.8, drawn by the
+    /// recipe's seed (as PR #1607 is written: by 1337, whatever the recipe's).
     pub fn of(recipe: &Recipe) -> Self {
         let is_1607_as_written = recipe.as_written && recipe.system == PR1607;
         Self {
