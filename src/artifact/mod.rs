@@ -9,6 +9,7 @@ pub mod assemble;
 pub mod budget;
 pub mod codec;
 pub mod container;
+pub mod fit;
 pub mod tensor_table;
 pub mod vocabulary;
 mod wire;
@@ -16,6 +17,7 @@ mod wire;
 pub use budget::{Budget, CAP_BYTES};
 pub use codec::Codec;
 pub use container::{Section, is_artifact};
+pub use fit::{Fitted, Limit, fit};
 pub use vocabulary::{ByteTableSection, PieceRow};
 
 use crate::error::{Error, Result};
