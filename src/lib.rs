@@ -8,6 +8,7 @@
 pub mod artifact;
 pub mod backend;
 pub mod bench;
+pub mod calibrate;
 pub mod cli;
 pub mod data;
 pub mod error;

@@ -88,6 +88,10 @@ fn codes_of_every_width_and_packing_come_back() {
     let dtype = |name: &str| seen.tensors.iter().find(|row| row.name == name).unwrap().dtype.as_str();
     assert_eq!(["2.w", "7.w", "8.w"].map(dtype), ["int2/row", "int7/row", "int8/row"]);
     assert_eq!(["5.cube", "9.w", "10.w"].map(dtype), ["int5/tensor", "ternary/2bit", "ternary/5trit"]);
+    let scales = |name: &str| seen.tensors.iter().find(|row| row.name == name).unwrap().scales.clone();
+    let rows = read.tensors.iter().find(|tensor| tensor.name == "2.w").unwrap().shape[0];
+    assert_eq!(scales("2.w"), Some(format!("f16[{rows}]")));
+    assert_eq!(["5.cube", "9.w"].map(scales), ["f32[]", "f64[]"].map(|label| Some(label.to_string())));
     let payload = artifact.stats().payload_bytes as u64;
     assert_eq!((sizes.payload_bytes, seen.payload_bytes), (payload, payload));
     assert_eq!(seen.tensors.iter().map(|row| row.bytes as u64).sum::<u64>(), payload);

@@ -123,11 +123,14 @@ fn every_codec_and_scheme_exports_an_artifact_that_scores_as_the_live_model() {
             .line(&format!("export run --quant {quant} --codec {codec} --out out/{codec}.{quant} --json"))
             .json();
         let listed = [
+            "bpb",
             "bytes",
             "bytes_code",
             "bytes_code_all",
             "bytes_total",
+            "calibration",
             "codec",
+            "losses",
             "out",
             "params",
             "payload_bytes",

@@ -8,7 +8,7 @@ use crate::host::HostTensor;
 use crate::model;
 use crate::model::plan::{Bank, Plan};
 use crate::ops::weight_form::WeightForm;
-use crate::quant::{Context, Export, Hessians, QuantTensor, Scheme, quantize_by};
+use crate::quant::{Context, Export, Hessians, QuantTensor, Scheme, TensorLoss, losses, quantize_by};
 use crate::recipe::{PR1382, PR1607, PR1994, Recipe};
 
 /// Everything that scoring and sampling need of a model, in host memory.
@@ -39,33 +39,20 @@ pub fn parse_recipe(toml: &str, place: &str) -> Result<Recipe> {
     Ok(recipe)
 }
 
-impl Artifact {
-    /// Quantises `params` by `scheme` and puts everything that the model needs beside them.
-    ///
-    /// # Errors
-    /// Those of [`quantize_by`], and a scheme that needs calibration.
-    pub fn assemble(
-        recipe: &Recipe,
-        tokenizer: &Tokenizer,
-        params: &[HostTensor],
-        scheme: Scheme,
-    ) -> Result<Self> {
-        if scheme.needs_hessians() {
-            return Err(Error::input(format!("{scheme} without Hessians"), "--quant", "a calibration"));
-        }
-        Self::assemble_calibrated(recipe, tokenizer, params, scheme, Hessians::new())
-    }
+/// A model made ready for a scheme: its tensors as they are quantised, one by one, and the rules.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    recipe: Recipe,
+    scheme: Scheme,
+    export: Export,
+    params: Vec<HostTensor>,
+    context: Context,
+}
 
-    /// The same with the Hessians of the model's linear layers; a weight without one is coded without.
-    pub fn assemble_calibrated(
-        recipe: &Recipe,
-        tokenizer: &Tokenizer,
-        params: &[HostTensor],
-        scheme: Scheme,
-        hessians: Hessians,
-    ) -> Result<Self> {
-        let table = ByteTable::new(tokenizer, recipe.vocab_size)?;
-        // Heads that only training uses stay behind.
+impl Prepared {
+    /// Heads that only training uses stay behind; the matrices of a bank become tensors of their own, but for the challenge's
+    /// forms.
+    pub fn new(recipe: &Recipe, params: &[HostTensor], scheme: Scheme) -> Result<Self> {
         let recipe = Recipe { mtp_num_heads: 0, ..recipe.clone() };
         let params: Vec<HostTensor> =
             params.iter().filter(|param| !param.name.starts_with(model::AHEAD)).cloned().collect();
@@ -80,12 +67,37 @@ impl Artifact {
         let context = Context {
             controls: recipe.int8_keep_float_fp32_name_patterns.clone(),
             bit_linear: bit_linear.map(|spec| spec.name.clone()).collect(),
-            hessians,
+            hessians: Hessians::new(),
         };
+        Ok(Self { recipe, scheme, export, params, context })
+    }
+
+    /// Whether the weight of that name takes a Hessian: what calibration is asked for.
+    pub fn takes_hessian(&self, name: &str) -> bool {
+        let mut tensors = self.params.iter();
+        tensors.any(|tensor| tensor.name == name && self.export.takes_hessian(tensor, &self.context))
+    }
+
+    /// The same with the Hessians of the model's linear layers; a weight without one is coded without.
+    pub fn with_hessians(self, hessians: Hessians) -> Self {
+        Self { context: Context { hessians, ..self.context }, ..self }
+    }
+
+    /// The Hessians that it was given.
+    pub fn hessians(&self) -> &Hessians {
+        &self.context.hessians
+    }
+
+    /// The quantised tensors, and everything else that the model needs, beside them.
+    ///
+    /// # Errors
+    /// Those of [`quantize_by`].
+    pub fn artifact(&self, tokenizer: &Tokenizer) -> Result<Artifact> {
+        let table = ByteTable::new(tokenizer, self.recipe.vocab_size)?;
         let piece = |p: &Piece| PieceRow { text: p.text.clone(), score: p.score, kind: p.kind as u8 };
-        Ok(Self {
-            recipe_toml: recipe.to_toml(),
-            quant: scheme.to_string(),
+        Ok(Artifact {
+            recipe_toml: self.recipe.to_toml(),
+            quant: self.scheme.to_string(),
             notes: Default::default(),
             byte_table: ByteTableSection {
                 base_bytes: table.base_bytes,
@@ -99,8 +111,31 @@ impl Artifact {
             } else {
                 tokenizer.pieces().iter().map(piece).collect()
             },
-            tensors: quantize_by(export, &params, &context)?,
+            tensors: quantize_by(self.export, &self.params, &self.context)?,
         })
+    }
+
+    /// What quantisation costs each tensor of [`Self::artifact`], in the same order.
+    pub fn losses(&self, artifact: &Artifact) -> Result<Vec<TensorLoss>> {
+        losses(&self.params, &artifact.tensors, &self.context.hessians)
+    }
+}
+
+impl Artifact {
+    /// Quantises `params` by `scheme` and puts everything that the model needs beside them.
+    ///
+    /// # Errors
+    /// Those of [`quantize_by`], and a scheme that needs calibration ([`Prepared`] takes it).
+    pub fn assemble(
+        recipe: &Recipe,
+        tokenizer: &Tokenizer,
+        params: &[HostTensor],
+        scheme: Scheme,
+    ) -> Result<Self> {
+        if scheme.needs_hessians() {
+            return Err(Error::input(format!("{scheme} without Hessians"), "--quant", "a calibration"));
+        }
+        Prepared::new(recipe, params, scheme)?.artifact(tokenizer)
     }
 
     /// What the artifact holds, weights dequantised; `place` names the file for errors.

@@ -72,6 +72,9 @@ pub struct TensorRow {
     pub shape: Vec<usize>,
     /// How it is stored ([`crate::quant::Storage::label`]); a raw tensor's element type.
     pub dtype: String,
+    /// Element type and sizes of its scales, as `f16[512]`; none where it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scales: Option<String>,
     /// Bytes of its parts before compression, as the systems count them ([`crate::quant::Storage::payload_bytes`]).
     pub bytes: usize,
 }
@@ -188,6 +191,7 @@ impl Artifact {
                 name: entry.name.clone(),
                 shape: entry.shape.clone(),
                 dtype: entry.dtype_label(),
+                scales: entry.scales_label(),
                 bytes: entry.payload_bytes(),
             })
             .collect();

@@ -108,6 +108,12 @@ impl Entry {
         layout(self.storage, &self.shape, name, dtype, bytes)
     }
 
+    /// Element type and sizes of the scales, `f16[512]`, or `f64[]` for a single one; none where there are none.
+    pub fn scales_label(&self) -> Option<String> {
+        let scales = self.parts.iter().find(|part| part.name == "scales")?;
+        Some(format!("{}{:?}", format!("{:?}", scales.dtype).to_lowercase(), scales.shape))
+    }
+
     /// Bytes of the parts that count ([`Storage::payload_bytes`]).
     pub fn payload_bytes(&self) -> usize {
         self.storage.payload_bytes(self.parts.iter().map(|part| (part.name, part.bytes)))

@@ -99,7 +99,7 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// Refuses shards that were made with another kind or size of tokenizer than the model's.
-fn check_tokenizer(contents: &Contents, folder: &DataFolder) -> Result<()> {
+pub(super) fn check_tokenizer(contents: &Contents, folder: &DataFolder) -> Result<()> {
     let Some(info) = folder.info() else { return Ok(()) };
     let (kind, size) = (contents.tokenizer.kind(), contents.tokenizer.vocab_size());
     if info.tokenizer.kind == kind && info.tokenizer.vocab_size == size {

@@ -1,31 +1,46 @@
 //! `fairway export`.
 
-use super::output;
+use super::args::DeviceArgs;
 use super::source::Source;
-use crate::artifact::{Artifact, Budget, Codec};
+use super::{calibration, export_loss, output};
+use crate::artifact::assemble::{Contents, Prepared};
+use crate::artifact::{Budget, Codec};
 use crate::error::{Error, Result};
-use crate::quant::Scheme;
+use crate::quant::{Scheme, TensorLoss};
 use crate::train::log::lines;
 use std::path::{Path, PathBuf};
 
 /// Quantise and pack a run into one self-contained artifact
 #[derive(clap::Args)]
-#[command(after_help = "Example: fairway export runs/tiny-1 --codec lzma --out model.fairway")]
+#[command(after_help = "Examples:\n  fairway export runs/tiny-1 --codec lzma --out model.fairway\n  \
+    fairway export runs/a --quant gptq-int6 --data data/datasets/fineweb10B_sp1024")]
 pub struct Args {
     /// The run's folder
     run: PathBuf,
-    /// Quantisation: fp16, int8, int6, ternary
+    /// Quantisation: fp16, int8, int6, gptq-intN (N from 2 to 8), ternary
     #[arg(long, value_name = "SCHEME", default_value = "int8")]
     quant: String,
     /// Compression: brotli, lzma, zstd, zlib
     #[arg(long, value_name = "CODEC", default_value = "brotli")]
     codec: String,
+    /// What GPTQ is calibrated with: text that the model writes itself (so many sequences), or the training shards of a folder
+    /// [default: self]
+    #[arg(long, value_name = "self[:SEQS]|DIR")]
+    calibrate: Option<PathBuf>,
+    /// Score the live model and the artifact on the beginning of this folder's fineweb_val_*.bin
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
     /// The artifact's file [default: RUN/model.fairway]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// List the loss of every tensor
+    #[arg(long)]
+    verbose: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// What was written.
@@ -39,6 +54,12 @@ pub struct Report {
     codec: String,
     #[serde(serialize_with = "output::path")]
     out: PathBuf,
+    /// What GPTQ was calibrated with.
+    calibration: Option<calibration::Report>,
+    /// What quantisation costs each tensor.
+    losses: Vec<TensorLoss>,
+    /// What it costs the model, if there was data.
+    bpb: Option<export_loss::Scores>,
     /// The challenge's lines about it.
     #[serde(skip)]
     log: Vec<String>,
@@ -47,36 +68,86 @@ pub struct Report {
 pub fn run(args: Args) -> Result<()> {
     let scheme: Scheme = args.quant.parse()?;
     let codec: Codec = args.codec.parse()?;
+    let calibrate = calibration::Tokens::parse(args.calibrate.as_deref(), scheme)?;
     let out = args.out.unwrap_or_else(|| args.run.join("model.fairway"));
-    let report = pack(&args.run, &out, scheme, codec)?;
+    let source = load(&args.run)?;
+    let calibrate = calibrate.map(|tokens| tokens.open(&source)).transpose()?;
+    let text = args.data.map(|data| export_loss::text(&source, &data)).transpose()?;
+    // Packing alone needs none.
+    let computes = calibrate.is_some() || text.is_some();
+    let target = computes.then(|| args.device.target()).transpose()?;
+    if let Some(target) = target.as_ref().filter(|_| !args.json) {
+        DeviceArgs::announce(target);
+    }
+    let contents = &source.contents;
+    let mut prepared = Prepared::new(&contents.recipe, &contents.params, scheme)?;
+    let mut calibration = None;
+    if let (Some(plan), Some(target)) = (calibrate, &target) {
+        let (hessians, report) = plan.run(&source, &|name| prepared.takes_hessian(name), target)?;
+        prepared = prepared.with_hessians(hessians);
+        calibration = Some(report);
+    }
+    let mut report = Report { calibration, ..write(contents, &prepared, &out, scheme, codec)? };
+    if let (Some(text), Some(target)) = (text, &target) {
+        report.bpb = Some(export_loss::scores(&source, &out, &text, target)?);
+    }
     if args.json {
         return output::json(&report);
     }
-    let Report { budget, params, log, .. } = report;
-    let row = |name: &str, bytes: u64| vec![name.to_string(), bytes.to_string()];
-    output::table(
-        &["what", "bytes"],
-        &[
-            row("payload before compression", budget.payload_bytes),
-            row(&format!("artifact ({scheme}, {codec})"), budget.bytes),
-            row("code, packed source", budget.bytes_code),
-            row("code, everything shipped", budget.bytes_code_all),
-            row("total (artifact + packed source)", budget.bytes_total),
-        ],
-    );
-    log.iter().for_each(output::line);
-    let verdict = if budget.under_cap { "under" } else { "OVER" };
-    output::line(format!("{verdict} the cap of 16000000 bytes; {params} parameters; {}", out.display()));
+    report.print(scheme, codec, args.verbose);
     Ok(())
 }
 
-/// Packs the run in folder `run` into the artifact `out`.
-pub fn pack(run: &Path, out: &Path, scheme: Scheme, codec: Codec) -> Result<Report> {
+impl Report {
+    fn print(&self, scheme: Scheme, codec: Codec, verbose: bool) {
+        let Self { budget, params, log, out, .. } = self;
+        if let Some(calibration) = &self.calibration {
+            calibration.print();
+        }
+        export_loss::print(&self.losses, verbose);
+        let row = |name: &str, bytes: u64| vec![name.to_string(), bytes.to_string()];
+        output::table(
+            &["what", "bytes"],
+            &[
+                row("payload before compression", budget.payload_bytes),
+                row(&format!("artifact ({scheme}, {codec})"), budget.bytes),
+                row("code, packed source", budget.bytes_code),
+                row("code, everything shipped", budget.bytes_code_all),
+                row("total (artifact + packed source)", budget.bytes_total),
+            ],
+        );
+        log.iter().for_each(output::line);
+        if let Some(bpb) = &self.bpb {
+            bpb.print();
+        }
+        let verdict = if budget.under_cap { "under" } else { "OVER" };
+        output::line(format!("{verdict} the cap of 16000000 bytes; {params} parameters; {}", out.display()));
+    }
+}
+
+fn load(run: &Path) -> Result<Source> {
     if !run.is_dir() {
         return Err(Error::input("not a run", run.display(), "the folder of a run"));
     }
-    let contents = Source::load(run)?.contents;
-    let artifact = Artifact::assemble(&contents.recipe, &contents.tokenizer, &contents.params, scheme)?;
+    Source::load(run)
+}
+
+/// Packs the run in folder `run` into the artifact `out` by a scheme that needs no calibration.
+pub fn pack(run: &Path, out: &Path, scheme: Scheme, codec: Codec) -> Result<Report> {
+    let contents = load(run)?.contents;
+    let prepared = Prepared::new(&contents.recipe, &contents.params, scheme)?;
+    write(&contents, &prepared, out, scheme, codec)
+}
+
+fn write(
+    contents: &Contents,
+    prepared: &Prepared,
+    out: &Path,
+    scheme: Scheme,
+    codec: Codec,
+) -> Result<Report> {
+    let artifact = prepared.artifact(&contents.tokenizer)?;
+    let losses = prepared.losses(&artifact)?;
     let sizes = artifact.write(out, codec)?;
     let budget = Budget::of(&sizes)?;
     let (quant, codec) = (scheme.to_string(), codec.to_string());
@@ -90,6 +161,9 @@ pub fn pack(run: &Path, out: &Path, scheme: Scheme, codec: Codec) -> Result<Repo
         quant,
         codec,
         out: out.to_path_buf(),
+        calibration: None,
+        losses,
+        bpb: None,
         log: log.into(),
     })
 }

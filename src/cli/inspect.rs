@@ -27,6 +27,8 @@ struct Row {
     name: String,
     shape: Vec<usize>,
     dtype: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scales: Option<String>,
     bytes: usize,
 }
 
@@ -48,7 +50,7 @@ pub fn run(args: Args) -> Result<()> {
         let recipe = load_recipe(&args.what, path)?;
         let rows = model::layout(&recipe)?.into_iter().map(|(name, shape)| {
             let bytes = 4 * shape.iter().product::<usize>();
-            Row { name, shape, dtype: "F32".into(), bytes }
+            Row { name, shape, dtype: "F32".into(), scales: None, bytes }
         });
         let params = model::param_count(&recipe)?;
         Report { params, tensors: rows.collect(), quant: None, bytes: None, recipe }
@@ -63,11 +65,12 @@ pub fn run(args: Args) -> Result<()> {
         }));
     }
     let cells = |row: &Row| {
-        vec![row.name.clone(), format!("{:?}", row.shape), row.dtype.clone(), row.bytes.to_string()]
+        let scales = row.scales.clone().unwrap_or_else(|| "-".into());
+        vec![row.name.clone(), format!("{:?}", row.shape), row.dtype.clone(), scales, row.bytes.to_string()]
     };
     let rows: Vec<_> = report.tensors.iter().map(cells).collect();
     output::line(report.recipe.to_toml());
-    output::table(&["tensor", "shape", "type", "bytes"], &rows);
+    output::table(&["tensor", "shape", "type", "scales", "bytes"], &rows);
     output::line(format!("parameters: {}", report.params));
     if let (Some(quant), Some(bytes)) = (report.quant, report.bytes) {
         output::line(format!("quantisation: {quant}; file: {bytes} bytes"));
@@ -101,6 +104,7 @@ fn of_artifact(path: &Path) -> Result<Report> {
         name: row.name,
         shape: row.shape,
         dtype: row.dtype,
+        scales: row.scales,
         bytes: row.bytes,
     };
     Ok(Report {
@@ -114,8 +118,13 @@ fn of_artifact(path: &Path) -> Result<Report> {
 
 fn of_run(path: &Path) -> Result<Report> {
     let run = RunInspection::of(path, &mut |line| output::warn(line))?;
-    let row =
-        |Entry { name, shape, dtype, bytes, .. }| Row { name, shape, dtype: format!("{dtype:?}"), bytes };
+    let row = |Entry { name, shape, dtype, bytes, .. }| Row {
+        name,
+        shape,
+        dtype: format!("{dtype:?}"),
+        scales: None,
+        bytes,
+    };
     let tensors: Vec<Row> = run.tensors.into_iter().map(row).collect();
     Ok(Report {
         params: model::param_count(&run.recipe)?,

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod calibration;
 mod compare;
 mod data;
 mod demo;
@@ -9,6 +10,7 @@ mod devices;
 mod eval;
 mod eval_method;
 mod export;
+mod export_loss;
 mod inspect;
 mod output;
 mod parity;

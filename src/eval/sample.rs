@@ -76,7 +76,7 @@ fn read<P: Plain>(model: &Model<P>, ids: &[u16], cache: &mut crate::model::Cache
 }
 
 /// One id from `softmax(logits / temperature)`, or the likeliest at temperature 0 (the first of equals).
-fn draw(logits: &[f64], temperature: f64, rng: &mut ChaCha8Rng) -> u16 {
+pub(crate) fn draw(logits: &[f64], temperature: f64, rng: &mut ChaCha8Rng) -> u16 {
     let best = (0..logits.len()).fold(0, |best, id| if logits[id] > logits[best] { id } else { best });
     if temperature == 0.0 {
         return best as u16;

@@ -24,7 +24,8 @@ pub struct Weights<'a> {
 }
 
 impl Weights<'_> {
-    fn model<P: Plain>(&self, device: &P::Device, target: &Target) -> Result<Model<P>> {
+    /// The model on a device.
+    pub(crate) fn model<P: Plain>(&self, device: &P::Device, target: &Target) -> Result<Model<P>> {
         let model = Model::<P>::new(self.recipe, device, target.precision.dtype())?;
         model.params().load(self.params, self.place)?;
         Ok(model)

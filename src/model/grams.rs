@@ -5,6 +5,7 @@ use super::params::to_host;
 use crate::error::Result;
 use crate::host::HostTensor;
 use crate::ops::Plain;
+use burn::tensor::Tensor;
 
 impl<P: Plain> Model<P> {
     /// Sums up the inputs of the linear layers of whose weights `wanted` says so, given the name and the number of inputs; of no
@@ -16,6 +17,14 @@ impl<P: Plain> Model<P> {
                 param.set_watched(wanted(param.name(), inputs));
                 param.take_gram();
             }
+        }
+    }
+
+    /// Adds rows that [`Self::hidden`] gave to the sum over the head's inputs, if the head's weight is watched: the head runs where
+    /// their losses or logits are asked for, and is observed here only.
+    pub fn observe_head(&self, hidden: Tensor<P, 2>) {
+        if self.head().is_watched() {
+            self.head().observe(hidden);
         }
     }
 

@@ -94,6 +94,12 @@ impl Context {
 }
 
 impl Export {
+    /// Whether a tensor's codes depend on its Hessian, where there is one.
+    pub fn takes_hessian(self, tensor: &HostTensor, context: &Context) -> bool {
+        let form = self.form(tensor, context);
+        tensor.shape.len() == 2 && matches!(form, Form::Int { rule, .. } if rule != Rule::Challenge)
+    }
+
     fn form(self, tensor: &HostTensor, context: &Context) -> Form {
         if matches!(tensor.dtype, HostType::I8 | HostType::I32 | HostType::I64 | HostType::U8) {
             return Form::Raw;

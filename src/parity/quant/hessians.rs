@@ -1,12 +1,14 @@
 //! `eval.hessians_1607`: what calibration collects of a model's linear layers.
 
-use super::super::case::{Case, integers};
+use super::super::case::Case;
 use super::super::model::build;
 use super::super::recipe::recipe;
+use crate::calibrate::Sequences;
+use crate::calibrate::collect::collect;
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::ops::Plain;
-use crate::quant::hessian::Hessian;
+use std::collections::BTreeMap;
 
 /// The Hessian of every linear layer over `in.sequences[n, t]`, of which all but the last token are inputs, with the recurrence
 /// on.
@@ -22,15 +24,18 @@ pub(in crate::parity) fn hessians_1607<P: Plain>(case: &mut Case<'_, P>) -> Resu
     let (tokens, _) = case.ids("in.sequences", recipe.vocab_size)?;
     let model = build(case, &recipe, &case.tensors, "param.")?;
     model.set_recurrent(true);
-    let inputs: Vec<i64> = tokens.chunks(length).flat_map(|row| &row[..length - 1]).copied().collect();
+    let tokens = tokens.into_iter().map(|id| id as u16).collect();
     // A narrow weight of many inputs would have a sum far larger than itself: only what the file holds too.
-    model.watch_inputs(|name, inputs| case.expects(&format!("out.hessian.{name}"), &[inputs, inputs]));
-    model.hidden::<P>(integers(inputs, [count, length - 1], case.device), None, None);
-    for gram in model.take_grams()? {
-        let mut hessian = Hessian::new(gram.shape[0]);
-        hessian.add_product(&gram.to_f64());
-        let name = format!("out.hessian.{}", gram.name);
-        case.give_host(HostTensor::from_f64(name, &gram.shape, &hessian.finish(count)));
+    let wanted = |name: &str| {
+        let shape = model.params().get(name).map(|param| param.shape());
+        let expects = |inputs| case.expects(&format!("out.hessian.{name}"), &[inputs, inputs]);
+        matches!(shape, Some(&[_, inputs]) if expects(inputs))
+    };
+    let hessians = collect(&model, &Sequences { tokens, length }, &wanted, &mut |_, _, _| Ok(()))?;
+    let in_order: BTreeMap<String, Vec<f64>> = hessians.into_iter().collect();
+    for (name, hessian) in in_order {
+        let size = hessian.len().isqrt();
+        case.give_host(HostTensor::from_f64(format!("out.hessian.{name}"), &[size, size], &hessian));
     }
     Ok(())
 }
