@@ -174,8 +174,8 @@ fn what_is_no_artifact_is_refused() {
         assert!(refused(&place.path(), file, why).contains("not an artifact"), "{why}");
     }
     let mut newer = seal(&sections(Codec::Zstd));
-    newer[7] = 2;
-    assert!(refused(&place.path(), &newer, "a newer format").contains("format 2"));
+    newer[7] = 3;
+    assert!(refused(&place.path(), &newer, "a newer format").contains("format 3"));
     for path in [place.dir.path(), &place.dir.path().join("absent")] {
         let error = Artifact::read(path).unwrap_err();
         assert_eq!(error.exit_code(), 2, "{error}");

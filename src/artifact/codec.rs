@@ -1,14 +1,17 @@
 //! Compressors of an artifact's sections, and one streaming decoder over all of them that no input can make grow.
 //!
-//! Every stream is raw: no container of the codec's own beyond what it cannot do without. A [`SectionReader`] gives at
-//! most the bytes asked for, and [`SectionReader::finish`] refuses a stream that is longer or shorter than declared or
-//! that leaves input behind. The decoders' own memory is bounded by their windows: brotli 16 MiB, lzma
-//! [`LZMA_DICT_MAX`], zstd 2^[`ZSTD_WINDOW_LOG`] bytes, zlib 32 KiB.
+//! Every stream is raw: no container of the codec's own beyond what it cannot do without. A section is cut into blocks of
+//! [`BLOCK_BYTES`], the last one shorter, each a stream of its own right behind the one before: blocks are compressed in
+//! parallel, and what comes out does not depend on the threads. A [`SectionReader`] gives at most the bytes asked for, and
+//! refuses blocks that are longer or shorter than that; [`SectionReader::finish`] refuses input that is left behind. The
+//! decoders' own memory is bounded by their windows: brotli 16 MiB, lzma [`LZMA_DICT_MAX`], zstd
+//! 2^[`ZSTD_WINDOW_LOG`] bytes, zlib 32 KiB.
 
 use crate::error::{Error, Result};
 use brotli::{BrotliDecompressStream, BrotliResult, BrotliState, HeapAlloc, HuffmanCode};
 use flate2::{Decompress, FlushDecompress};
 use liblzma::stream::{Action, Filters, LzmaOptions};
+use rayon::prelude::*;
 use std::fmt;
 use std::io::{self, BufRead, Read, Write};
 use std::str::FromStr;
@@ -20,6 +23,9 @@ pub const LZMA_DICT_MAX: u32 = 64 << 20;
 /// The largest zstd window that is written or accepted, as a power of two (128 MiB).
 pub const ZSTD_WINDOW_LOG: u32 = 27;
 
+/// Bytes of a block before compression.
+pub const BLOCK_BYTES: usize = 1 << 20;
+
 /// What `--codec` takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Codec {
@@ -27,6 +33,8 @@ pub enum Codec {
     Brotli,
     /// LZMA2 with xz's preset 9 less its contexts for text, as a raw stream.
     Lzma,
+    /// The same stream written with all of xz's preset 9, as the PRs have it; read as [`Self::Lzma`].
+    Xz9,
     /// Zstandard, level 22, a window of up to 128 MiB.
     Zstd,
     /// Zlib, level 9.
@@ -35,14 +43,19 @@ pub enum Codec {
 
 impl Codec {
     /// The codecs there are, by the names that `--codec` takes; the default first.
-    pub const ALL: [(&'static str, Self); 4] =
-        [("brotli", Self::Brotli), ("lzma", Self::Lzma), ("zstd", Self::Zstd), ("zlib", Self::Zlib)];
+    pub const ALL: [(&'static str, Self); 5] = [
+        ("brotli", Self::Brotli),
+        ("lzma", Self::Lzma),
+        ("zstd", Self::Zstd),
+        ("zlib", Self::Zlib),
+        ("xz9", Self::Xz9),
+    ];
 
     /// The codec's number in an artifact.
     pub fn id(self) -> u8 {
         match self {
             Self::Brotli => 1,
-            Self::Lzma => 2,
+            Self::Lzma | Self::Xz9 => 2,
             Self::Zstd => 3,
             Self::Zlib => 4,
         }
@@ -53,19 +66,34 @@ impl Codec {
         Self::ALL.iter().map(|&(_, codec)| codec).find(|codec| codec.id() == id)
     }
 
-    /// Compresses `raw`. The same bytes give the same stream on every machine (one thread, no timing).
+    /// Compresses `raw` to one stream. The same bytes give the same stream on every machine (one thread, no timing).
     pub fn compress(self, raw: &[u8]) -> Result<Vec<u8>> {
         self.compress_pieces(raw, &[])
     }
 
-    /// Compresses `raw`, whose statistics change at the offsets `cuts` (ascending; a hint that cannot do harm).
+    /// Compresses a section in blocks, in parallel; `cuts` as in [`Self::compress_pieces`].
+    pub fn compress_section(self, raw: &[u8], cuts: &[usize]) -> Result<Vec<u8>> {
+        let mut blocks: Vec<&[u8]> = raw.chunks(BLOCK_BYTES).collect();
+        if blocks.is_empty() {
+            blocks.push(&[]);
+        }
+        let compress = |(number, block): (usize, &&[u8])| {
+            let start = number * BLOCK_BYTES;
+            let cuts: Vec<usize> = cuts.iter().filter(|&&cut| cut > start).map(|cut| cut - start).collect();
+            self.compress_pieces(block, &cuts)
+        };
+        Ok(blocks.par_iter().enumerate().map(compress).collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    /// Compresses `raw` to one stream, its statistics changing at the offsets `cuts` (ascending; a hint that cannot do harm).
     ///
     /// Brotli starts new codes there: its own search for such places misses them in large inputs (1.3 to 1.8 % more bytes
     /// on Gaussian codes of several standard deviations). The other codecs adapt, or start new codes often anyway.
-    pub fn compress_pieces(self, raw: &[u8], cuts: &[usize]) -> Result<Vec<u8>> {
+    fn compress_pieces(self, raw: &[u8], cuts: &[usize]) -> Result<Vec<u8>> {
         let packed = match self {
             Self::Brotli => compress_brotli(raw, cuts),
-            Self::Lzma => compress_lzma(raw),
+            Self::Lzma => compress_lzma(raw, false),
+            Self::Xz9 => compress_lzma(raw, true),
             Self::Zstd => compress_zstd(raw),
             Self::Zlib => compress_zlib(raw),
         };
@@ -82,10 +110,12 @@ impl Codec {
     ///
     /// Memory grows with what the stream really holds, never with `raw_len` alone.
     pub fn decompress(self, stored: &[u8], raw_len: u64) -> io::Result<Vec<u8>> {
-        let mut reader = SectionReader::new(self, stored, raw_len)?;
-        let raw = reader.read_vec(raw_len)?;
-        reader.finish()?;
-        Ok(raw)
+        SectionReader::of_blocks(self, stored, raw_len, raw_len)?.read_all(raw_len)
+    }
+
+    /// The same for a section in blocks.
+    pub fn decompress_section(self, stored: &[u8], raw_len: u64) -> io::Result<Vec<u8>> {
+        SectionReader::new(self, stored, raw_len)?.read_all(raw_len)
     }
 }
 
@@ -94,6 +124,7 @@ impl fmt::Display for Codec {
         f.write_str(match self {
             Self::Brotli => "brotli",
             Self::Lzma => "lzma",
+            Self::Xz9 => "xz9",
             Self::Zstd => "zstd",
             Self::Zlib => "zlib",
         })
@@ -136,12 +167,14 @@ fn window_log(len: usize, least: u32, most: u32) -> u32 {
     len.next_power_of_two().ilog2().clamp(least, most)
 }
 
-/// The raw LZMA2 filter for a section of `raw_len` bytes. The stream carries its literal and position bits itself; the
-/// dictionary size follows from the section's length, on both sides.
-fn lzma_filters(raw_len: u64) -> io::Result<Filters> {
+/// The raw LZMA2 filter for a stream of `raw_len` bytes. The stream carries its literal and position bits itself; the
+/// dictionary size follows from the length, on both sides.
+fn lzma_filters(raw_len: u64, text: bool) -> io::Result<Filters> {
     let mut options = LzmaOptions::new_preset(9)?;
-    // Quantised weights have no text's context and no alignment: without both, 0.08 % less.
-    options.literal_context_bits(0).position_bits(0);
+    if !text {
+        // Quantised weights have no text's context and no alignment: without both, 0.08 % less.
+        options.literal_context_bits(0).position_bits(0);
+    }
     let len = u32::try_from(raw_len).unwrap_or(u32::MAX).clamp(4096, LZMA_DICT_MAX);
     options.dict_size(len.next_power_of_two());
     let mut filters = Filters::new();
@@ -149,8 +182,8 @@ fn lzma_filters(raw_len: u64) -> io::Result<Filters> {
     Ok(filters)
 }
 
-fn compress_lzma(raw: &[u8]) -> io::Result<Vec<u8>> {
-    let stream = liblzma::stream::Stream::new_raw_encoder(&lzma_filters(raw.len() as u64)?)?;
+fn compress_lzma(raw: &[u8], text: bool) -> io::Result<Vec<u8>> {
+    let stream = liblzma::stream::Stream::new_raw_encoder(&lzma_filters(raw.len() as u64, text)?)?;
     let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
     encoder.write_all(raw)?;
     encoder.finish()
@@ -193,7 +226,9 @@ impl Decoder {
                 HeapAlloc::new(0),
                 HeapAlloc::new(HuffmanCode::default()),
             ))),
-            Codec::Lzma => Self::Lzma(liblzma::stream::Stream::new_raw_decoder(&lzma_filters(raw_len)?)?),
+            Codec::Lzma | Codec::Xz9 => {
+                Self::Lzma(liblzma::stream::Stream::new_raw_decoder(&lzma_filters(raw_len, false)?)?)
+            }
             Codec::Zstd => {
                 let mut decoder = zstd::stream::raw::Decoder::new()?;
                 decoder.set_parameter(DParameter::WindowLogMax(ZSTD_WINDOW_LOG))?;
@@ -270,17 +305,31 @@ pub fn short() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the stream holds less than its declared length")
 }
 
-/// Decodes one compressed stream from `input`, as far as it is read.
+/// Decodes the blocks of a section from `input`, as far as they are read.
 pub struct SectionReader<R> {
+    codec: Codec,
     decoder: Decoder,
     input: R,
+    /// Whether the block's stream has ended.
     at_end: bool,
+    /// Bytes that the block is still to give.
+    block_left: u64,
+    /// Bytes of the blocks behind it.
+    behind: u64,
+    block_bytes: u64,
 }
 
 impl<R: BufRead> SectionReader<R> {
-    /// Starts a stream that was declared to hold `raw_len` bytes.
+    /// Starts a section that was declared to hold `raw_len` bytes.
     pub fn new(codec: Codec, input: R, raw_len: u64) -> io::Result<Self> {
-        Ok(Self { decoder: Decoder::new(codec, raw_len)?, input, at_end: false })
+        Self::of_blocks(codec, input, raw_len, BLOCK_BYTES as u64)
+    }
+
+    fn of_blocks(codec: Codec, input: R, raw_len: u64, block_bytes: u64) -> io::Result<Self> {
+        let block_left = raw_len.min(block_bytes);
+        let decoder = Decoder::new(codec, block_left)?;
+        let behind = raw_len - block_left;
+        Ok(Self { codec, decoder, input, at_end: false, block_left, behind, block_bytes })
     }
 
     /// The next `len` bytes, no fewer; the buffer grows as they come.
@@ -297,27 +346,60 @@ impl<R: BufRead> SectionReader<R> {
         Ok(bytes)
     }
 
-    /// Checks that the stream has ended just here: no byte more in it, and none behind it.
+    fn read_all(mut self, raw_len: u64) -> io::Result<Vec<u8>> {
+        let raw = self.read_vec(raw_len)?;
+        self.finish()?;
+        Ok(raw)
+    }
+
+    /// Checks that the last block has ended just here: no byte more in it, and none behind it.
     pub fn finish(mut self) -> io::Result<()> {
         if self.read(&mut [0])? != 0 {
-            return Err(invalid("the stream holds more than its declared length"));
+            return Err(too_long());
         }
         if !self.input.fill_buf()?.is_empty() {
             return Err(invalid("bytes behind the end of the stream"));
         }
         Ok(())
     }
+
+    /// Starts the next block, or says that there is none.
+    fn next_block(&mut self) -> io::Result<bool> {
+        if self.block_left > 0 {
+            return Err(short());
+        }
+        if self.behind == 0 {
+            return Ok(false);
+        }
+        self.block_left = self.behind.min(self.block_bytes);
+        self.behind -= self.block_left;
+        self.decoder = Decoder::new(self.codec, self.block_left)?;
+        self.at_end = false;
+        Ok(true)
+    }
+}
+
+fn too_long() -> io::Error {
+    invalid("the stream holds more than its declared length")
 }
 
 impl<R: BufRead> Read for SectionReader<R> {
     fn read(&mut self, output: &mut [u8]) -> io::Result<usize> {
-        while !self.at_end && !output.is_empty() {
+        // Where a block has given all its bytes, its stream must still end: there is no room for a byte more.
+        let mut beyond = [0];
+        while !output.is_empty() {
+            if self.at_end && !self.next_block()? {
+                return Ok(0);
+            }
+            let room = usize::try_from(self.block_left).unwrap_or(usize::MAX).min(output.len());
+            let room = if room > 0 { &mut output[..room] } else { &mut beyond[..] };
             let input = self.input.fill_buf()?;
             let no_input = input.is_empty();
-            let Step { consumed, produced, at_end } = self.decoder.step(input, output)?;
+            let Step { consumed, produced, at_end } = self.decoder.step(input, room)?;
             self.input.consume(consumed);
             self.at_end = at_end;
             if produced > 0 {
+                self.block_left = self.block_left.checked_sub(produced as u64).ok_or_else(too_long)?;
                 return Ok(produced);
             }
             if consumed == 0 && !at_end {

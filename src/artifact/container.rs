@@ -3,12 +3,12 @@
 //!
 //! ```text
 //! "FAIRWAY"  7 bytes
-//! version    u8, 1
+//! version    u8, 2
 //! sections   u8, 4
 //! for each section, in ascending order of kind:
 //!   kind u8, codec u8, raw length u32, stored length u32, first 8 bytes of the SHA-256 of the stored bytes
 //! first 8 bytes of the SHA-256 of everything above
-//! the stored bytes of each section, in the same order
+//! the stored bytes of each section, in the same order: its blocks' streams (see `codec`)
 //! ```
 //!
 //! Integers are little-endian. Nothing is allocated on the word of a length: lengths are checked against the caps
@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 /// What the file starts with.
 pub const MAGIC: [u8; 7] = *b"FAIRWAY";
 /// The format that this library writes, and the only one that it reads.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// The largest file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 1 << 30;
 /// The most that all sections together may decompress to, in bytes.
@@ -98,7 +98,7 @@ pub struct Sealed {
 
 impl Sealed {
     /// Compresses a section and checks that it decompresses to the same bytes. `cuts` as in
-    /// [`Codec::compress_pieces`].
+    /// [`Codec::compress_section`].
     pub fn pack(kind: Kind, codec: Codec, raw: &[u8], cuts: &[usize]) -> Result<Self> {
         let cap = kind.cap();
         let raw_len =
@@ -109,9 +109,9 @@ impl Sealed {
                     format!("at most {cap} bytes"),
                 )
             })?;
-        let stored = codec.compress_pieces(raw, cuts)?;
+        let stored = codec.compress_section(raw, cuts)?;
         // Decompressing costs little beside compressing, and a fault found here is found before the weights are gone.
-        let back = codec.decompress(&stored, u64::from(raw_len));
+        let back = codec.decompress_section(&stored, u64::from(raw_len));
         if !back.is_ok_and(|back| back == raw) {
             return Err(Error::failed(
                 format!("{} does not decompress to what was compressed", kind.name()),

@@ -9,6 +9,7 @@ pub mod exports;
 pub mod gptq;
 pub mod hessian;
 pub mod loss;
+pub mod prune;
 pub mod quantile;
 pub mod scheme;
 pub mod storage;
@@ -16,6 +17,7 @@ pub mod ternary;
 
 pub use exports::{Context, Export, Hessians, quantize_by};
 pub use loss::{TensorLoss, losses};
+pub use prune::{Candidates, Cost};
 pub use scheme::Scheme;
 pub use storage::{PartSpec, QuantTensor, Storage};
 
