@@ -8,8 +8,7 @@ use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::Result;
 use crate::limits::{with_file, within};
 use crate::recipe::{Recipe, keys};
-use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::Write;
 use std::path::Path;
 
 /// What a reader may hold for an input of a few kilobytes: brotli's window is 16 MiB, and what it decompresses to at most
@@ -199,10 +198,10 @@ pub fn recipe(file: &[u8]) {
     within(MEMORY, || {
         let read = with_file(file, |path| {
             let mut recipe = Recipe::default();
-            if good(recipe.apply_env_file(path)).is_some() {
+            let read = good(recipe.apply_env_file(path)).is_some();
+            if recipe != Recipe::default() {
+                assert!(read, "changed by a file that it refuses");
                 is_used(&recipe);
-            } else {
-                assert!(recipe == Recipe::default(), "changed by a file that it refuses");
             }
             std::fs::read_to_string(path)
         });
@@ -211,13 +210,16 @@ pub fn recipe(file: &[u8]) {
             is_used(&recipe);
         }
         let mut recipe = Recipe::default();
-        for line in text.lines().take(32) {
+        // Few, as each that names no key is compared with every key.
+        for line in text.lines().take(4) {
             let before = recipe.clone();
             if good(recipe.set(line)).is_none() {
                 assert!(recipe == before, "changed by a value that it refuses");
             }
         }
-        is_used(&recipe);
+        if recipe != Recipe::default() {
+            is_used(&recipe);
+        }
     });
 }
 
@@ -226,10 +228,8 @@ fn is_used(recipe: &Recipe) {
     let text = recipe.to_toml();
     let again = Recipe::from_toml(&text, Path::new("again.toml")).expect("what was written is read");
     assert!(again == *recipe, "{text}");
-    let mut values = String::new();
     for key in keys() {
         assert!(key.admits(&key.value(recipe)), "{}", key.name);
-        let _ = write!(values, "{:?}{}", key.value(recipe), key.is_default(recipe));
     }
     if good(recipe.validate()).is_none() {
         return;
