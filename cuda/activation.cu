@@ -21,11 +21,10 @@
 // variant: -DELEMENT=float -DWIDTH=1
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 
 #define THREADS 256
-
-typedef unsigned long long u64;
-typedef unsigned int u32;
 
 struct Scalars {
     u64 packs;      // of a tensor, fewer than 2^32
@@ -37,11 +36,6 @@ struct Scalars {
 struct alignas(sizeof(ELEMENT) * WIDTH) Pack {
     ELEMENT at[WIDTH];
 };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 
 __device__ __forceinline__ float small_exp(float x) {
     if constexpr (sizeof(ELEMENT) == 2) return __expf(x);
@@ -118,13 +112,13 @@ __device__ __forceinline__ float below(float x, float slope) {
 }
 
 KERNEL_1(leaky_relu_squared_forward, {
-    const float slope = __uint_as_float((u32)s.slope);
+    const float slope = float_of(s.slope);
     const float l = x[0] < 0.0f ? below(x[0], slope) : x[0];
     y[0] = l * l;
 })
 // x, gy
 KERNEL_2(leaky_relu_squared_backward, {
-    const float slope = __uint_as_float((u32)s.slope);
+    const float slope = float_of(s.slope);
     y[0] = 2.0f * x[1] * (x[0] < 0.0f ? below(x[0], slope * slope) : x[0]);
 })
 KERNEL_1(silu_forward, { y[0] = x[0] * sigmoid(x[0]); })

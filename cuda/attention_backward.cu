@@ -56,7 +56,9 @@
 
 #include <cuda_bf16.h>
 #define KEYS 128
+#include "common/word.cuh"
 #include "common/hopper.cuh"
+#include "common/attention_seen.cuh"
 #include "common/attention.cuh"
 
 #define THREADS 384
@@ -73,6 +75,7 @@
 #define PARTS (!NORM ? 4 : HEAD == 128 ? 2 : 3)
 #define PART_BYTES (SUM_BYTES + (NORM ? QUERIES * HEAD * 2 : 0))
 
+#include "common/attention_scores.cuh"
 #include "common/attention_order.cuh"
 #include "common/attention_norm.cuh"
 
@@ -242,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const Range range = Range::read(shared_range);
         const int steps = ratio * max(0, range.end - range.first);
         const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, lane = thread % 32;
-        const float scale = float_of(s.scale), scale_2 = scale * 1.44269504f;
+        const float scale = float_of(s.scale), scale_2 = scale * LOG2_E;
         const int first_key = block * KEYS + 64 * consumer;
         Ring<STAGES> at;
         Ring<2> at_gs;
@@ -308,41 +311,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 product<0, 0>(gp, columns_as_k(v_tile, KEYS, 64 * consumer, k), columns_as_k(gy_tile, QUERIES, 0, k),
                               k);
             product_commit();
-            const int column = lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < QUERIES / 8; i++) {
-                const float2 shift = *reinterpret_cast<const float2 *>(stat + 8 * i + column);
-                scores[4 * i] = exp2_fast(fmaf(scores[4 * i], scale_2, -shift.x));
-                scores[4 * i + 1] = exp2_fast(fmaf(scores[4 * i + 1], scale_2, -shift.y));
-                scores[4 * i + 2] = exp2_fast(fmaf(scores[4 * i + 2], scale_2, -shift.x));
-                scores[4 * i + 3] = exp2_fast(fmaf(scores[4 * i + 3], scale_2, -shift.y));
-            }
-            const int position = m * QUERIES + offset;
-            bool edge = first_key + 63 > position;
-            if (WINDOW && !DOCUMENTS) edge |= first_key <= position + QUERIES - 1 - (int)s.window;
-            if (DOCUMENTS) edge |= first_key < __float_as_int(stat[2 * QUERIES + QUERIES - 1]);
-            if (edge) {
-                const int key = first_key + thread / 32 * 16 + lane / 4;
-#pragma unroll
-                for (int i = 0; i < QUERIES / 8; i++) {
-                    int2 from = make_int2(0, 0);
-                    if (DOCUMENTS)
-                        from = *reinterpret_cast<const int2 *>(stat + 2 * QUERIES + 8 * i + column);
-                    else if (WINDOW)
-                        from = make_int2(position + 8 * i + column + 1 - (int)s.window,
-                                         position + 8 * i + column + 2 - (int)s.window);
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int at = key + e / 2 * 8, query = position + 8 * i + column + e % 2;
-                        if (at > query || ((WINDOW || DOCUMENTS) && at < (e % 2 ? from.y : from.x)))
-                            scores[4 * i + e] = 0.0f;
-                    }
-                }
-            }
+            exponentials(scores, stat, scale_2);
+            hide_unseen(scores, stat, s, first_key, first_key + thread / 32 * 16 + lane / 4, m * QUERIES + offset);
 #if HEAD == 128
             // No registers for f32 probabilities here: gS takes the rounded ones.
-#pragma unroll
-            for (int i = 0; i < QUERIES / 4; i++) p[i] = pack(scores[2 * i], scores[2 * i + 1]);
+            round_scores(p, scores);
 
             // gv += P^T gy, beside gS.
             product_begin();
@@ -352,29 +325,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             product_commit();
             product_wait<1>();
             pin(gp);
-#pragma unroll
-            for (int i = 0; i < QUERIES / 8; i++) {
-                const float2 delta = *reinterpret_cast<const float2 *>(stat + QUERIES + 8 * i + column);
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const float low = __uint_as_float(p[2 * i + r] << 16),
-                                high = __uint_as_float(p[2 * i + r] & 0xffff0000);
-                    gs[2 * i + r] = pack(low * (gp[4 * i + 2 * r] - delta.x), high * (gp[4 * i + 2 * r + 1] - delta.y));
-                }
-            }
+            score_gradients(gs, p, gp, stat);
 #else
             product_wait<0>();
             pin(gp);
-#pragma unroll
-            for (int i = 0; i < QUERIES / 8; i++) {
-                const float2 delta = *reinterpret_cast<const float2 *>(stat + QUERIES + 8 * i + column);
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int e = 4 * i + 2 * r;
-                    p[2 * i + r] = pack(scores[e], scores[e + 1]);
-                    gs[2 * i + r] = pack(scores[e] * (gp[e] - delta.x), scores[e + 1] * (gp[e + 1] - delta.y));
-                }
-            }
+            score_gradients(gs, p, scores, gp, stat);
             // gv += P^T gy, beside gS's way to shared memory.
             product_begin();
 #pragma unroll

@@ -24,6 +24,8 @@
 
 #define LANE_ROWS (HEAD == 128 ? 4 : 8)
 #define LANE_COLUMNS 8
+#include "common/word.cuh"
+#include "common/attention_seen.cuh"
 #include "common/attention_exact.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)

@@ -29,7 +29,9 @@
 #include <cuda_bf16.h>
 // Scores, probabilities and y of a consumer fill its registers.
 #define KEYS (HEAD == 128 ? 64 : 128)
+#include "common/word.cuh"
 #include "common/hopper.cuh"
+#include "common/attention_seen.cuh"
 #include "common/attention.cuh"
 
 #define CONSUMERS 3
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_up<CONSUMER_REGISTERS>();
         const int consumer = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
         const int offset = (int)s.keys - (int)s.queries;
-        const float scale = float_of(s.scale), scale_2 = scale * 1.44269504f;
+        const float scale = float_of(s.scale), scale_2 = scale * LOG2_E;
         Ring<TILES> at_q;
         Ring<STAGES> at;
         float scores[KEYS / 2];

@@ -16,7 +16,9 @@
 
 #include <cuda_bf16.h>
 #define KEYS 128
+#include "common/word.cuh"
 #include "common/hopper.cuh"
+#include "common/attention_seen.cuh"
 #include "common/attention.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -45,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (lane != 0 || batch >= (int)s.batch) return;
     const u64 all_head = (u64)batch * s.heads + head, block = all_head * blocks + query / QUERIES;
     float *to = stats + block * (STATS * QUERIES) + query % QUERIES;
-    to[0] = inside ? lse[all_head * s.queries + query] * 1.44269504f : infinity();
+    to[0] = inside ? lse[all_head * s.queries + query] * LOG2_E : infinity();
     to[QUERIES] = sum;
 #if DOCUMENTS
     to[2 * QUERIES] = __int_as_float(first_seen(starts, s, batch, query + (int)s.keys - (int)s.queries));

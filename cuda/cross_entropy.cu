@@ -25,8 +25,9 @@
 // variant: -DELEMENT=float -DWIDTH=1 -DLANES=256 -DCAPPED=1
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 
-typedef unsigned long long u64;
 
 #define THREADS 256
 #define BATCH 8 // loads in flight a thread
@@ -46,11 +47,6 @@ struct alignas(4 * WIDTH) Logits {
 struct alignas(sizeof(ELEMENT) * WIDTH) Gradients {
     ELEMENT at[WIDTH];
 };
-
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
-
-__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((unsigned)word); }
 
 // Gradients in f32 show what the fast forms of tanh and exp leave out, those in bf16 do not.
 constexpr bool EXACT = sizeof(ELEMENT) == 4;

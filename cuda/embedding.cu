@@ -37,9 +37,8 @@
 // variant: -DELEMENT=float -DWIDTH=1 -DADD=1
 
 #include <cuda_bf16.h>
+#include "common/word.cuh"
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
 typedef unsigned short u16;
 
 #define THREADS 256

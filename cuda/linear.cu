@@ -18,8 +18,7 @@
 // variant: -DUNIT=ushort1 -DSOURCES=4
 // variant: -DUNIT=uint1 -DSOURCES=3
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
+#include "common/word.cuh"
 
 struct Part {
     u64 width, stride;

@@ -74,6 +74,8 @@
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=float -DEPILOGUE=9 -DCAP=3e1f
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 #include "common/hopper.cuh"
 #include "common/product.cuh"
 

@@ -47,9 +47,8 @@
 // variant: -DIN=__nv_bfloat16 -DOUT=__nv_bfloat16 -DTILE_M=64 -DTILE_N=64 -DA_K_FAST=1 -DB_K_FAST=0 -DA_WIDTH=1 -DB_WIDTH=1 -DC_WIDTH=1 -DEPILOGUE=2
 
 #include <cuda_bf16.h>
-
-typedef unsigned long long u64;
-typedef unsigned int u32;
+#include "common/element.cuh"
+#include "common/word.cuh"
 
 #define THREADS 256
 #define DEPTH 16 // of a slice along k
@@ -64,11 +63,6 @@ struct Scalars {
 template <typename T> struct alignas(sizeof(T) * 4) Four {
     T at[4];
 };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 
 __device__ __forceinline__ int within(u64 count, int most) { return count < (u64)most ? (int)count : most; }
 

@@ -46,6 +46,8 @@
 // variant: -DROWS=128 -DTILE_N=128 -DPANEL=0 -DSTAGES=5 -DAHEAD=0 -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DOUT=__nv_bfloat16 -DEPILOGUE=6 -DSCALE=__nv_bfloat16
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 #include "common/hopper.cuh"
 #include "common/product.cuh"
 #if EPILOGUE == 5

@@ -24,6 +24,8 @@
 // variant: -DELEMENT=float -DROUNDS=1 -DWIDTH=1
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 #include "common/pack.cuh"
 
 #define THREADS 256

@@ -34,6 +34,7 @@
 // variant: -DA_K_MAJOR=1 -DB_K_MAJOR=1 -DSYMMETRIC=0 -DHAS_E=1
 
 #include <cuda_bf16.h>
+#include "common/word.cuh"
 #include "common/hopper.cuh"
 
 typedef __nv_bfloat16 bf16;
@@ -146,7 +147,7 @@ __device__ __forceinline__ void multiply(const TensorMap &y_map, const Scalars &
     ring.advance();
     const u32 mirror = ring.slice() + group * 2 * BOX;
     const bool mirrors = SYMMETRIC && row != column;
-    const float factor = __uint_as_float((u32)s.floats), weight = __uint_as_float((u32)(s.floats >> 32));
+    const float factor = float_of(s.floats), weight = second_of(s.floats);
     // Of the boxes [row + 64 group, column + 64 half] the warp's 16 rows, 16 columns at a time; of their mirror images
     // 16 columns, which are two chunks of 16 bytes.
     const u32 direct_row = (16 * warp + lane % 16) * 128, mirror_row = (lane / 16 * 8 + lane % 8) * 128;

@@ -32,8 +32,8 @@
 // variant: -DELEMENT=float -DHEAD=256 -DHALF=128 -DWIDTH=4 -DLANES=32 -DCHUNKS=1 -DGAIN=0
 
 #include <cuda_bf16.h>
-
-typedef unsigned long long u64;
+#include "common/element.cuh"
+#include "common/word.cuh"
 
 #define THREADS 256
 #define SLOTS (THREADS / LANES)
@@ -65,11 +65,6 @@ struct alignas(sizeof(ELEMENT) * WIDTH) Pack {
 struct alignas(WIDTH < 4 ? 4 * WIDTH : 16) Angles {
     float values[WIDTH];
 };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
 
 // Where a lane's k-th pairs begin: their first channels, and how far the second ones are from them.
 __device__ __forceinline__ int first_channel(int lane, int k) {
@@ -160,7 +155,7 @@ __device__ __forceinline__ float lane_sum(float value) {
 }
 
 __device__ __forceinline__ float inverse_rms(float sum_of_squares, const Scalars &s) {
-    return 1.0f / sqrtf(sum_of_squares / (float)HEAD + __uint_as_float((unsigned)s.eps));
+    return 1.0f / sqrtf(sum_of_squares / (float)HEAD + float_of(s.eps));
 }
 
 // What a thread works on: a head of a token of each of its block's rounds.

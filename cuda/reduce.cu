@@ -12,7 +12,7 @@
 // variant: -DWIDTH=4
 // variant: -DWIDTH=1
 
-typedef unsigned long long u64;
+#include "common/word.cuh"
 
 #define THREADS 1024
 #define BATCH 8 // loads in flight a thread

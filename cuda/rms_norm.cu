@@ -26,6 +26,8 @@
 // variant: -DELEMENT=float -DWIDTH=1 -DLANES=1024 -DCHUNKS=16
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 #include "common/row.cuh"
 
 #define THREADS (LANES > 256 ? LANES : 256)

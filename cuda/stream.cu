@@ -43,13 +43,12 @@
 // variant: -DELEMENT=float -DWIDTH=1 -DLANES=512 -DCHUNKS=4 -DBRANCHES=2 -DMIX=1 -DNORM=1
 
 #include <cuda_bf16.h>
+#include "common/word.cuh"
 
 // Which entry points are compiled: the sum of 1 (forward), 2 (backward), 4 (sum); all where nothing is said.
 #ifndef PASS
 #define PASS 7
 #endif
-
-typedef unsigned long long u64;
 
 #define THREADS (LANES > 256 ? LANES : 256)
 #define GROUPS (THREADS / LANES)
@@ -195,9 +194,6 @@ __device__ __forceinline__ float2 step_sum(float2 value, int turn) {
     }
     return value;
 }
-
-// A scalar of the launch that holds a float's bits.
-__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((unsigned)word); }
 
 __device__ __forceinline__ float inverse_rms(float sum_of_squares, const Scalars &s) {
     return 1.0f / sqrtf(sum_of_squares / (float)s.columns + float_of(s.eps));

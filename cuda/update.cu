@@ -39,6 +39,8 @@
 // variant: -DPART=BLEND -DWIDTH=1 -DPACKS=4 -DCOUNT=1 -DTENSORS=EACH(0)
 
 #include <cuda_bf16.h>
+#include "common/element.cuh"
+#include "common/word.cuh"
 #include "common/pack.cuh"
 
 #define ADAM 1

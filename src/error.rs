@@ -48,6 +48,13 @@ impl Error {
         Self::Failed { what: what.to_string(), place: place.to_string(), expected: expected.to_string() }
     }
 
+    /// A run that diverged; `step` made what is not finite.
+    pub fn diverged(what: impl fmt::Display, step: usize) -> Self {
+        let expected =
+            "finite numbers (go on from the last checkpoint, or start anew with lower learning rates)";
+        Self::failed(what, format!("step {step}"), expected)
+    }
+
     /// A file that cannot be read: bad input.
     pub fn read(path: &Path, error: &std::io::Error) -> Self {
         Self::input(format!("cannot read ({error})"), path.display(), "a readable file")

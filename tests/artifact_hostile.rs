@@ -2,65 +2,18 @@
 //! accepted, and never more memory than the caps allow.
 
 mod artifact_common;
+mod memory_common;
 
-use artifact_common::{Rng, sample};
+use artifact_common::{Rng, every_storage, stored};
 use fairway::artifact::container::{HEADER_BYTES, Kind, MAX_RAW_BYTES, Sealed, seal};
-use fairway::artifact::{Artifact, Codec, tensor_table, vocabulary};
+use fairway::artifact::{Artifact, ByteTableSection, Codec, tensor_table, vocabulary};
 use fairway::error::Error;
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use fairway::host::HostType;
+use fairway::quant::ternary::Packing;
+use fairway::quant::{QuantTensor, Storage};
+use memory_common::peak_mib;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-
-/// Counts what each thread holds on the Rust heap. (The C decoders' windows come on top: 64 MiB for lzma, 128 for zstd.)
-struct Counting;
-
-thread_local! {
-    static HELD: Cell<isize> = const { Cell::new(0) };
-    static PEAK: Cell<isize> = const { Cell::new(0) };
-}
-
-fn count(change: isize) {
-    // A thread that is ending has no counters any more, and nothing to measure.
-    let _ = HELD.try_with(|held| {
-        held.set(held.get() + change);
-        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(held.get())));
-    });
-}
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-(layout.size() as isize));
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count(size as isize - layout.size() as isize);
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The most MiB that this thread held more than at its start while `work` ran.
-fn peak_mib<T>(work: impl FnOnce() -> T) -> (T, isize) {
-    let before = HELD.get();
-    PEAK.set(before);
-    let result = work();
-    (result, (PEAK.get() - before) >> 20)
-}
 
 /// Writes `file`, and demands that both readers refuse it with one line that names it.
 fn refused(path: &Path, file: &[u8], why: &str) -> String {
@@ -82,7 +35,7 @@ fn sections(codec: Codec) -> Vec<Sealed> {
 }
 
 fn pack_sample(codec: Codec) -> Vec<Sealed> {
-    let artifact = sample();
+    let artifact = every_storage();
     let (file, sizes) = artifact.pack(codec).unwrap();
     let mut at = HEADER_BYTES;
     let sections: Vec<Sealed> = sizes
@@ -219,7 +172,7 @@ fn streams_longer_or_shorter_than_declared_are_refused() {
         let raw_len = good[3].raw_len;
         let table = |delta: i64| {
             // A table that agrees with the lie, so that only the stream itself can give it away.
-            let mut artifact = sample();
+            let mut artifact = every_storage();
             let tensor = artifact.tensors.iter_mut().find(|tensor| tensor.name == "conv.weight").unwrap();
             let codes = &mut tensor.parts[0];
             let len = (codes.bytes.len() as i64 + delta) as usize;
@@ -249,9 +202,107 @@ fn streams_longer_or_shorter_than_declared_are_refused() {
             cut[3].stored.truncate(len);
             refused(&place.path(), &seal(&cut), &format!("{part} % of the {name} stream"));
         }
-        let mut cut = good.clone();
-        cut[3].stored.pop();
-        refused(&place.path(), &seal(&cut), &format!("the {name} stream without its last byte"));
+        // Under a true header: each section ends where it begins, and a byte before its end.
+        for section in 0..4 {
+            for keep in [0, good[section].stored.len() - 1] {
+                let mut cut = good.clone();
+                cut[section].stored.truncate(keep);
+                let line =
+                    refused(&place.path(), &seal(&cut), &format!("{keep} bytes of {name} section {section}"));
+                assert!(line.contains("does not decompress"), "{line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tables_cut_anywhere_are_refused() {
+    let place = Place::new();
+    let artifact = every_storage();
+    let encoded = tensor_table::encode(&artifact.tensors, "test").unwrap();
+    for len in 0..encoded.table.len() {
+        let error = tensor_table::decode(&encoded.table[..len], encoded.data.len() as u64, "x").unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{len}: {error}");
+    }
+    let words = vocabulary::encode(&artifact.byte_table, &artifact.tokenizer_kind, &artifact.pieces);
+    for len in 0..words.len() {
+        let error = vocabulary::decode(&words[..len], "x").unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{len}: {error}");
+    }
+    let recipe = &sections(Codec::Zstd)[0];
+    let recipe = Codec::Brotli.decompress(&recipe.stored, recipe.raw_len.into()).unwrap();
+    for len in (0..4).chain((4..recipe.len()).step_by(50)).chain(recipe.len() - 30..recipe.len()) {
+        let file = seal(&with_raw(Kind::Recipe, &recipe[..len]));
+        refused(&place.path(), &file, &format!("{len} bytes of the recipe"));
+    }
+}
+
+#[test]
+fn codes_and_scales_that_no_quantiser_writes_are_refused() {
+    let place = Place::new();
+    let alone = |tensor: &QuantTensor| Artifact {
+        recipe_toml: String::new(),
+        quant: "int6".into(),
+        notes: [].into(),
+        byte_table: ByteTableSection::default(),
+        tokenizer_kind: "byte".into(),
+        pieces: vec![],
+        tensors: vec![tensor.clone()],
+    };
+    let refused = |tensor: &QuantTensor, expected: &str| {
+        alone(tensor).write(&place.path(), Codec::Zlib).unwrap();
+        let read = Artifact::read(&place.path()).unwrap();
+        assert_eq!(&read.tensors[0], tensor);
+        let error = read.tensors[0].dequantize().unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{error}");
+        assert!(error.to_string().contains(expected), "{}: {error}", tensor.name);
+    };
+    let mut rng = Rng(3);
+    let mut with = |storage: Storage, part: usize, at: usize, bytes: &[u8]| {
+        // 22 codes: the last byte of either packing is filled up.
+        let mut tensor = stored(&mut rng, storage, HostType::F32, &[2, 11]);
+        assert!(tensor.dequantize().is_ok());
+        tensor.parts[part].bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        tensor
+    };
+    for bits in 2..=7u8 {
+        let beyond = 1i8 << (bits - 1);
+        for storage in [Storage::IntRow(bits), Storage::IntTensor(bits)] {
+            for code in [beyond, -beyond - 1, i8::MAX, i8::MIN] {
+                refused(&with(storage, 0, 7, &[code.cast_unsigned()]), &format!("has a code {code}"));
+            }
+            // The smallest code of so many bits is one.
+            assert!(with(storage, 0, 7, &[(-beyond).cast_unsigned()]).dequantize().is_ok());
+        }
+    }
+    for (packing, bytes) in [
+        // A digit 3 in each place; filling that is not empty.
+        (Packing::TwoBits, [0b11, 0b1100, 0b11_0000, 0b1100_0000].map(|byte| (0, byte)).to_vec()),
+        (Packing::TwoBits, vec![(5, 0b1_0000), (5, 0b100_0000)]),
+        (Packing::FiveTrits, vec![(0, 243), (0, 255), (4, 9), (4, 162)]),
+    ] {
+        for (at, byte) in bytes {
+            refused(&with(Storage::Ternary(packing), 0, at, &[byte]), "pack no ternary codes");
+        }
+    }
+    let half = [0x7c00u16, 0xfc00, 0x7e00, 0x7c01].map(|bits| bits.to_le_bytes());
+    let single = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN].map(f32::to_le_bytes);
+    // The last is finite where it is stored and not where it is used.
+    let double = [f64::INFINITY, f64::NAN, 1e39].map(f64::to_le_bytes);
+    for scale in half {
+        for storage in (2..=7).map(Storage::IntRow).chain([Storage::Int8Row]) {
+            refused(&with(storage, 1, 2, &scale), "a scale that is not finite");
+        }
+    }
+    for scale in single {
+        for storage in (2..=7).map(Storage::IntTensor).chain([Storage::Int8Tensor]) {
+            refused(&with(storage, 1, 0, &scale), "a scale that is not finite");
+        }
+    }
+    for scale in double {
+        for packing in [Packing::TwoBits, Packing::FiveTrits] {
+            refused(&with(Storage::Ternary(packing), 1, 0, &scale), "a scale that is not finite");
+        }
     }
 }
 
@@ -301,7 +352,7 @@ fn zip_bombs_stay_small() {
 fn inspect_of_a_huge_honest_file_stays_small() {
     let place = Place::new();
     let size = 96usize << 20;
-    let mut artifact = sample();
+    let mut artifact = every_storage();
     artifact.tensors.truncate(1);
     let tensor = &mut artifact.tensors[0];
     tensor.shape = vec![size / 256, 256];
@@ -392,6 +443,23 @@ fn tables_of_impossible_tensors_are_refused() {
         ("at most 2147483648", table(&["a"], &[(F32, 2, &[BIG + 1])], &[0], &[0]), 4),
         ("at most 2147483648", table(&["a"], &[(F32, 2, &[u64::MAX])], &[0], &[0]), 4),
         ("tensors of 4294967296 bytes", table(&["a"], &[(F32, 4, &[BIG, 0])], &[0, 1], &[0, 0]), 0),
+        // Ternary codes, and integers of fewer bits.
+        (
+            "tensors of 1152921504606846984 bytes",
+            table(&["a"], &[(F32, 6, &[BIG, BIG])], &[0, 1], &[0, 0]),
+            8,
+        ),
+        ("tensors of 922337203685477589 bytes", table(&["a"], &[(F32, 7, &[BIG, BIG])], &[0, 1], &[0, 0]), 8),
+        (
+            "tensors of 4611686018427387908 bytes",
+            table(&["a"], &[(F32, 22, &[BIG, BIG])], &[0, 1], &[0, 0]),
+            4,
+        ),
+        (
+            "tensors of 18446744073709551615 bytes",
+            table(&["a", "b", "c", "d", "e"], &[(F32, 27, &[BIG, BIG][..]); 5], &[0, 1], &[0, 0]),
+            4,
+        ),
         ("control characters", table(&["a\tb"], &[(F32, 2, &[1])], &[0], &[0]), 4),
         ("not UTF-8", b"\x01\xff\n\x01\x02\x00\x00\x00".to_vec(), 4),
         ("within a line", b"\x01aaa".to_vec(), 4),
@@ -403,6 +471,21 @@ fn tables_of_impossible_tensors_are_refused() {
         let error = decode(&bytes, len).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains(expected), "{error} without {expected:?}");
+    }
+    let refuses = |tensor: (u8, u8, &[u64]), expected: &str| {
+        let error = decode(&table(&["a"], &[tensor], &[0, 1], &[0, 0]), 8).unwrap_err();
+        assert!(error.to_string().contains(expected), "{tensor:?}: {error} without {expected:?}");
+    };
+    for storage in [6, 7].into_iter().chain(12..=17).chain(22..=27) {
+        refuses((I8, storage, &[2, 2]), "a float tensor");
+        refuses((F32, storage, &[2; 9]), "9 dimensions");
+        refuses(
+            (F32, storage, &[BIG, BIG, BIG]),
+            if (12..=17).contains(&storage) { "two dimensions" } else { "fits in memory" },
+        );
+    }
+    for storage in (8..12).chain(18..22).chain([0, 28, 32, 255]) {
+        refuses((F32, storage, &[2, 2]), &format!("storage {storage}"));
     }
     // The same through a file: sizes that no data backs.
     let place = Place::new();
@@ -465,7 +548,7 @@ fn impossible_vocabularies_and_recipes_are_refused() {
 #[test]
 fn random_damage_under_true_checksums_never_panics() {
     let mut rng = Rng(99);
-    let artifact = sample();
+    let artifact = every_storage();
     let encoded = tensor_table::encode(&artifact.tensors, "test").unwrap();
     let words = vocabulary::encode(&artifact.byte_table, &artifact.tokenizer_kind, &artifact.pieces);
     let mut damage = |bytes: &[u8]| {

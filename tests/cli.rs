@@ -382,6 +382,13 @@ fn inspect_stays_below_one_gib_whatever_an_artifacts_recipe_says() {
         artifact.write(&place.path("model.fairway"), Codec::Zstd).unwrap();
         in_one_gib(&place, "inspect model.fairway").fails(2, &["model.fairway"]);
     }
+    // Layers that would be 64 GB if they were listed, and a text as long as a section may be.
+    artifact.recipe_toml = format!("recur_layers = \"{}0\"", "0-65535,".repeat(most / 8));
+    artifact.write(&place.path("model.fairway"), Codec::Zstd).unwrap();
+    in_one_gib(&place, "inspect model.fairway").fails(2, &["recur_layers", "model.fairway"]);
+    artifact.recipe_toml = "#".repeat((8 << 20) - 4096);
+    artifact.write(&place.path("model.fairway"), Codec::Zstd).unwrap();
+    in_one_gib(&place, "inspect model.fairway").fails(2, &["recipe of 8384512 bytes", "model.fairway"]);
 }
 
 #[cfg(target_os = "linux")]

@@ -11,7 +11,7 @@
 mod common;
 
 use burn::tensor::{DType, Tensor};
-use common::{Random, all_pass, download, epsilon, round, same, upload_as, worst};
+use common::{Random, affordable, all_pass, download, epsilon, round, same, upload_as, worst};
 use fairway::Result;
 use fairway::backend::{DeviceChoice, Job, Precision, Target};
 use fairway::ops::{Plain, accumulate_type};
@@ -171,7 +171,7 @@ const SMALL: [[usize; 4]; 8] = [
 ];
 
 /// For CUDA, whose kernel without tensor cores (`cuda/matmul_exact.cu`) takes those of f32; the tiles are an H100's.
-const LARGE: [[usize; 4]; 10] = [
+const LARGE: [[usize; 4]; 16] = [
     [1, 2047, 301, 2045],  // 128 x 128, nothing at a multiple of 16 bytes
     [1, 2036, 308, 2044],  // the same, all of it
     [1, 16_500, 96, 516],  // more tiles than fit at once
@@ -182,6 +182,14 @@ const LARGE: [[usize; 4]; 10] = [
     [1, 516, 20_004, 260], // the same, some
     [1, 130, 5003, 127],   // 64 x 64, parts of no whole pack
     [5, 300, 200, 260],
+    // Few multiply-adds: several tiles with tails, some parts of k; more tiles than fit at once (of `cuda/matmul.cu` 192
+    // and 128 columns wide), and tiles of 256; 128 x 128 of f32.
+    [1, 140, 72, 264],
+    [1, 16, 4168, 24],
+    [1, 8, 8, 34_056],
+    [1, 34_056, 8, 8],
+    [1, 8, 8, 33_000],
+    [1, 1401, 1, 1533],
 ];
 
 struct Products;
@@ -196,6 +204,9 @@ impl Job for Products {
         let large = if is_cuda(target) { &LARGE[..] } else { &[] };
         let mut good = true;
         for [z, m, k, n] in SMALL.iter().chain(large).copied() {
+            if !affordable(z * m * k * n) {
+                continue;
+            }
             let factors = Factors::random(k, precision);
             let exact = factors.exact([z, m, n], [AlongK, AlongK]);
             let outputs: &[DType] =
@@ -254,10 +265,19 @@ impl Job for Batches {
         println!("\nbatches, {} {precision}", target.label);
         let mut cases = vec![[3, 5, 4, 9], [2, 66, 35, 18], [4, 64, 64, 68]];
         if is_cuda(target) {
-            cases.extend([[3, 300, 203, 130], [4, 260, 512, 260], [2, 40, 9001, 36], [36, 260, 40, 772]]);
+            cases.extend([
+                [3, 300, 203, 130],
+                [4, 260, 512, 260],
+                [2, 40, 9001, 36],
+                [36, 260, 40, 772],
+                [3, 72, 40, 136],
+            ]);
         }
         let mut good = true;
         for [z, m, k, n] in cases {
+            if !affordable(z * m * k * n) {
+                continue;
+            }
             let factors = Factors::random(k, precision);
             for layouts in [
                 [Shared, AlongOuter],

@@ -7,7 +7,7 @@ mod common;
 
 use burn::tensor::{DType, Tensor};
 use common::matrix::{Ledger, Matrix, PERIOD, grad, poison};
-use common::{all_pass, download, round};
+use common::{affordable, all_pass, download, repeats, round};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target};
@@ -111,6 +111,9 @@ impl Job for Added {
         let shapes = [[1, 8, 8], [3, 5, 7], [129, 72, 40], [200, 65, 130], [70, 24, 136], [900, 64, 200]];
         for (seed, shape) in shapes.into_iter().enumerate() {
             let [n, i, o] = shape;
+            if !affordable(n * i * o) {
+                continue;
+            }
             let case = AddedCase::new(shape, precision, seed as u64);
             for scale in Scale::ALL {
                 let exact = case.pass(scale, &|m| m);
@@ -152,7 +155,7 @@ impl Job for Added {
                 let [exact_twice, rounded_twice] = [&exact, &rounded].map(|f| f.grad_w.map(|v| 2.0 * v));
                 ledger.check("gw twice", &twice.2, &exact_twice, &rounded_twice, 2 * n);
                 check_scale(&mut ledger, "gw of s twice", &twice.3, 2.0);
-                for _ in 0..2 {
+                for _ in 0..repeats() {
                     drop_grads();
                     assert!(both() == found, "{label} {precision} {}: other bits", ledger.case);
                 }
@@ -212,11 +215,21 @@ impl Job for ManyRows {
         }
         println!("\nmany rows, {label} {precision}");
         let mut good = true;
-        // A panel of b in shared memory, both streamed, and tiles of 192 and 256 columns.
-        for shape in
-            [[16_403, 328, 512], [8201, 512, 1024], [8201, 1032, 1024], [4227, 72, 1032], [4090, 520, 2040]]
-        {
-            let [n, i, o] = shape;
+        // A panel of b in shared memory, both streamed, and tiles of 192 and 256 columns; such tiles of few rows, and more
+        // of them than fit at once.
+        let shapes = [
+            [16_403, 328, 512],
+            [8201, 512, 1024],
+            [8201, 1032, 1024],
+            [4227, 72, 1032],
+            [4090, 520, 2040],
+            [8, 8, 33_000],
+            [8, 8, 34_056],
+        ];
+        for [n, i, o] in shapes {
+            if !affordable(n * i * o) {
+                continue;
+            }
             let case = AddedCase::new([PERIOD, i, o], precision, (n + o) as u64);
             let w = case.w.param::<B>("w", device, dtype);
             let [x, e] = [&case.x, &case.e].map(|m| m.repeated(n).upload::<B>(device, dtype));
@@ -232,7 +245,7 @@ impl Job for ManyRows {
                 let mut ledger = Ledger { target, case: format!("{n}x{i}x{o} {scale:?}"), good: true };
                 let found = forward();
                 ledger.check("y", &found, &exact, &rounded, i);
-                for _ in 0..2 {
+                for _ in 0..repeats() {
                     assert!(forward() == found, "{label} {precision} {}: other bits", ledger.case);
                 }
                 good &= ledger.good;
@@ -258,6 +271,9 @@ impl Job for Capped {
         let mut good = true;
         for (seed, [n, c, v]) in [[1, 8, 8], [1, 64, 260], [3, 5, 7], [130, 72, 264]].into_iter().enumerate()
         {
+            if !affordable(n * c * v) {
+                continue;
+            }
             for cap in [Some(30.0), Some(2.5), None] {
                 let matrix = |rows, k| Matrix::random(rows, c, 2.0, precision, 10 * seed as u64 + k);
                 let (h, w) = (matrix(n, 0), matrix(v, 1));

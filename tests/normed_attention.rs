@@ -9,7 +9,9 @@ mod common;
 mod normed_attention_common;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use common::{Random, all_pass, download, epsilon, round, same, targets, upload, upload_as};
+use common::{
+    Random, affordable, all_pass, download, epsilon, repeats, round, same, targets, upload, upload_as,
+};
 use fairway::Result;
 use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
 use fairway::ops::attention::{Attended, Mask};
@@ -31,7 +33,7 @@ const SMALL: [Sizes; 5] = [
 
 /// For CUDA: around the edges of the kernel's blocks (64, 128), every head size that it takes, with chunks of its tables
 /// full, in part and empty, up to 8 heads a group and more than it takes, and what goes through the norm's own kernel.
-const LARGE: [Sizes; 26] = [
+const LARGE: [Sizes; 33] = [
     plain([2, 63, 2, 1, 64, 64], true),
     plain([1, 64, 4, 4, 64, 16], true),
     plain([1, 65, 2, 1, 64, 0], false),
@@ -58,6 +60,14 @@ const LARGE: [Sizes; 26] = [
     masked([2, 300, 2, 2, 128, 128], Some(150), true),
     masked([2, 260, 4, 2, 64, 64], Some(100), true),
     masked([1, 300, 2, 1, 32, 16], Some(17), true),
+    // Small ones of several blocks.
+    masked([1, 130, 2, 1, 64, 64], None, true),
+    masked([1, 90, 2, 1, 128, 64], Some(40), true),
+    masked([1, 100, 2, 1, 64, 32], Some(50), true),
+    masked([1, 100, 2, 1, 128, 64], Some(45), false),
+    plain([1, 130, 2, 1, 64, 64], true),
+    plain([1, 130, 1, 1, 128, 128], true),
+    plain([1, 140, 4, 2, 32, 32], true),
 ];
 
 /// The root of the mean square and the largest magnitude of errors, and where the largest is.
@@ -109,15 +119,24 @@ fn check(what: &str, got: &[f64], exact: &[f64], low: &[f64], precision: Precisi
     within
 }
 
-/// The gain's gradient is a sum over all tokens: its errors are shares of the root of the sum of the squares.
+/// The gain's gradient is a sum over all tokens: its errors are shares of the root of the sum of the squares. The
+/// reference's own error is the larger of the one that it came out with, a matter of luck for so few numbers, and its
+/// standard deviation: the tokens' errors, whose signs are random, by the root of the sum of their squares.
 fn check_gain(got: &[f64], exact: &Results, low: &Results, precision: Precision) -> bool {
+    let heads = exact.gain.len();
+    let scale = |head: usize| exact.gain_scale[head].max(1e-2);
+    let largest = |worst: f64, share: f64| if share <= worst { worst } else { share };
     let worst = |got: &[f64]| {
-        let scales = exact.gain_scale.iter().map(|scale| scale.max(1e-2));
-        let shares = got.iter().zip(&exact.gain).zip(scales).map(|((a, b), scale)| (a - b).abs() / scale);
-        shares.fold(0.0, |worst: f64, share| if share <= worst { worst } else { share })
+        let shares = got.iter().zip(&exact.gain).enumerate().map(|(h, (a, b))| (a - b).abs() / scale(h));
+        shares.fold(0.0, largest)
     };
+    let deviation = |head: usize| {
+        let parts = low.gain_parts.iter().zip(&exact.gain_parts).skip(head).step_by(heads);
+        parts.map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt() / scale(head)
+    };
+    let reference = (0..heads).map(deviation).fold(worst(&low.gain), largest);
     let least = if precision == Precision::Bf16 { 1.0 } else { 64.0 };
-    let (error, tolerance) = (worst(got), (2.0 * worst(&low.gain)).max(least * epsilon(precision)));
+    let (error, tolerance) = (worst(got), (2.0 * reference).max(least * epsilon(precision)));
     let within = error <= tolerance;
     println!(
         "    gain   worst {error:>9.2e} {:>4.0}%{}",
@@ -225,6 +244,10 @@ impl Job for AgainstTheHost {
         let is_cuda = matches!(target.choice, DeviceChoice::Cuda(_));
         let large = LARGE.into_iter().filter(|_| is_cuda);
         for (number, sizes) in SMALL.into_iter().chain(large).enumerate() {
+            let Sizes { batch, time, heads, size, window, .. } = sizes;
+            if !affordable(batch * time * time.min(window.unwrap_or(time)) * heads * size) {
+                continue;
+            }
             let layout = [Layout::Columns, Layout::Apart, Layout::Columns, Layout::Shifted][number % 4];
             println!("  {sizes:?} {layout:?}");
             let case = Case::new(sizes, precision, number as u64);
@@ -239,7 +262,7 @@ impl Job for AgainstTheHost {
             if let Some(gain) = &gain {
                 good &= check_gain(gain, &exact, &low, precision);
             }
-            for _ in 0..2 {
+            for _ in 0..repeats() {
                 let (again, gain_again) = on_device.backward();
                 assert!(again.iter().zip(&grads).all(|(a, b)| same(a, b)), "{sizes:?}: gradients differ");
                 let equal = match (&gain_again, &gain) {
@@ -322,6 +345,9 @@ impl Job for AgainstItsParts {
         type T<B> = Autodiff<B>;
         let (precision, dtype) = (target.precision, target.precision.dtype());
         for (number, [batch, time, heads, groups, size, rotated]) in CASES.into_iter().enumerate() {
+            if !affordable(batch * time * time * heads * size) {
+                continue;
+            }
             let mut random = Random(number as u64);
             let (rows, columns) = (batch * time, 48);
             let x = random_tensor::<B, 2>(&mut random, [rows, columns], device, precision).cast(dtype);

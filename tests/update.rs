@@ -7,7 +7,8 @@
 mod common;
 
 use burn::tensor::{DType, Tensor};
-use common::{Random, Worst, all_pass, download, epsilon, round, targets, upload_as as upload, worst};
+use common::{Random, Worst, affordable, all_pass, download, epsilon, round, targets};
+use common::{upload_as as upload, worst};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
@@ -194,6 +195,9 @@ impl Job for AdamAgainstTheHost {
         let precision = target.precision;
         println!("\n{} {precision}", target.label);
         let cases = adam_cases(count(target, 31, 131));
+        if !affordable(cases.iter().map(|case| case.value.len()).sum()) {
+            return Ok(true);
+        }
         let mut good = true;
         for scale in [None, Some(0.37f32)] {
             let factor = scale.map_or(1.0, f64::from);
@@ -250,6 +254,9 @@ impl Job for MuonAgainstTheHost {
         let mut good = true;
         for (number, [few, rows, columns]) in MATRICES.into_iter().enumerate() {
             let shape = [if number == 0 { count(target, few, few + 100) } else { few }, rows, columns];
+            if !affordable(shape.iter().product()) {
+                continue;
+            }
             for nesterov in [true, false] {
                 good &= momentum::<B>(shape, nesterov, number as u64, device, target.precision);
             }
@@ -411,11 +418,19 @@ impl Job for ListsAgainstTheHost {
         println!("\n{} {precision}", target.label);
         let mut random = Random(11);
         let mut good = true;
-        // One tensor, and more than a launch takes; a norm above and below the clip, and none at all.
+        // One tensor, and more than a launch takes, small ones too; a norm above and below the clip, and none at all.
         let many = count(target, 100, 520);
-        for (count, scale) in [(1, 1.0), (many, 1e-2), (100, 1e-5), (7, 0.0)] {
-            let rows: Rows =
-                (0..count).map(|i| numbers(&mut random, SIZES[i % SIZES.len()], scale)).collect();
+        let all = usize::MAX;
+        for (count, scale, most) in
+            [(1, 1.0, all), (many, 1e-2, all), (100, 1e-5, all), (7, 0.0, all), (many, 1e-2, 1024)]
+        {
+            // The last one's numbers are of its own.
+            let random = if most < all { &mut Random(12) } else { &mut random };
+            let size = |i: usize| SIZES[i % SIZES.len()].min(most);
+            let rows: Rows = (0..count).map(|i| numbers(random, size(i), scale)).collect();
+            if !affordable(rows.iter().map(Vec::len).sum()) {
+                continue;
+            }
             // Row by row: of one sum of so many terms the host's own rounding would be seen in f64.
             let squares = |row: &Vec<f64>| {
                 row.chunks(256).map(|part| part.iter().map(|x| x * x).sum::<f64>()).sum::<f64>()
@@ -445,6 +460,9 @@ impl Job for ListsAgainstTheHost {
                 (0..pairs_count).map(|i| numbers(&mut random, SIZES[i % SIZES.len()], 1.0)).collect()
             };
             let (a, b) = (rows(0), rows(1));
+            if !affordable(a.iter().map(Vec::len).sum()) {
+                continue;
+            }
             let [p, q] = weights;
             let exact: Rows = a
                 .iter()

@@ -1,23 +1,12 @@
-// What the forward and the backward of attention share: the launch's scalars, who sees whom, tiles of a head.
+// What the forward and the backward of attention share: the launch's scalars, rings of buffers, tiles of a head. Wants
+// hopper.cuh.
 //
 // HEAD: a head's size d, 32, 64 or 128. KEYS: keys of a block. WINDOW, DOCUMENTS: 0 or 1.
 
 struct Scalars {
-    // window: positions that a query sees, its own one too. section: heads (over the batch) that the forward walks
-    // together. gq_row: elements from one query of gq to the next.
+    // section: heads (over the batch) that the forward walks together. gq_row: elements from one query of gq to the next.
     u64 batch, queries, keys, heads, groups, scale, window, section, gq_row;
 };
-
-// A scalar of the launch that holds a float's bits.
-__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((u32)word); }
-
-__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // A place in a ring of DEPTH buffers: which buffer, and the parity of its barrier's phase.
 template <int DEPTH> struct Ring {
@@ -39,22 +28,7 @@ template <int DEPTH> struct Ring {
 #define COLUMNS (HEAD < 64 ? HEAD : 64)
 #define ROW_BYTES (2 * COLUMNS)
 
-#if DOCUMENTS
-#define STARTS_PARAMETER const int *__restrict__ starts,
-#else
-#define STARTS_PARAMETER
-constexpr const int *starts = nullptr;
-#endif
-
 __device__ __forceinline__ int query_blocks(const Scalars &s) { return ((int)s.queries + QUERIES - 1) / QUERIES; }
-
-// The first position that the query at `position` of batch `b` sees.
-__device__ __forceinline__ int first_seen(const int *starts, const Scalars &s, int b, int position) {
-    int first = 0;
-    if (WINDOW) first = max(first, position - (int)s.window + 1);
-    if (DOCUMENTS) first = max(first, starts[(u64)b * s.keys + min(position, (int)s.keys - 1)]);
-    return first;
-}
 
 // Bytes of a tile of so many rows of a head: what the copy engine writes for boxes of ROW_BYTES a row, at a multiple of
 // 1,024 bytes. Where a head takes two boxes side by side, the left columns' tile comes first.

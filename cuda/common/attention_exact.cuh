@@ -1,4 +1,4 @@
-// What attention's kernels in f32 share: who sees whom, tiles in shared memory, and the products of a warp.
+// What attention's kernels in f32 share: tiles in shared memory, and the products of a warp. Wants word.cuh.
 //
 // HEAD: a head's size d, 16, 32, 64 or 128. WINDOW, DOCUMENTS: 0 or 1. LANE_ROWS, LANE_COLUMNS: rows and columns of the
 // scores that a thread holds.
@@ -12,16 +12,12 @@
 // swizzled so that the threads of a warp, which read different rows at the same chunk, find them in different banks:
 // chunk x of row n lies at x ^ n of the tile of rows, at x ^ (n / 4) of a tile of columns, within eight chunks.
 
-typedef unsigned long long u64;
-typedef unsigned u32;
-
 #define THREADS 128
 #define WARP_ROWS (4 * LANE_ROWS)
 #define ROWS (4 * WARP_ROWS)
 #define COLUMNS (8 * LANE_COLUMNS)
 #define LANE_CHANNELS (HEAD / 8)
 #define PACK (LANE_CHANNELS < 4 ? LANE_CHANNELS : 4)
-#define LOG2_E 1.44269504f
 
 // From one sequence, one position and one head of [b, t, n, HEAD] to the next, in elements: multiples of four.
 struct Strides {
@@ -29,36 +25,9 @@ struct Strides {
 };
 
 struct Scalars {
-    // window: positions that a query sees, its own one too.
     u64 batch, queries, keys, heads, groups, scale, window;
     Strides q, k, v, gv;
 };
-
-// A scalar of the launch that holds a float's bits.
-__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((u32)word); }
-
-__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-#if DOCUMENTS
-#define STARTS_PARAMETER const int *__restrict__ starts,
-#else
-#define STARTS_PARAMETER
-constexpr const int *starts = nullptr;
-#endif
-
-// The first position that the query at `position` of batch `b` sees.
-__device__ __forceinline__ int first_seen(const int *starts, const Scalars &s, int b, int position) {
-    int first = 0;
-    if (WINDOW) first = max(first, position - (int)s.window + 1);
-    if (DOCUMENTS) first = max(first, starts[(u64)b * s.keys + min(position, (int)s.keys - 1)]);
-    return first;
-}
 
 // A thread's place: its warp's first row of the tile, and its own row and column of the warp's threads.
 struct Lane {

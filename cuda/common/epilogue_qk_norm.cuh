@@ -111,7 +111,7 @@ struct Heads {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float mean = by[i][half] / (float)HEAD;
-                by[i][half] = rsqrtf(mean + __uint_as_float((u32)s.eps)) * gain[i];
+                by[i][half] = rsqrtf(mean + float_of(s.eps)) * gain[i];
 #pragma unroll
                 for (int j = 0; j < HALF / 8; j++) {
                     float *a = y + place(i, half, j), *b = y + place(i, half, j + HALF / 8);

@@ -2,10 +2,7 @@
 // with rank-3 tensor maps, and the warpgroup product (wgmma) on bf16 operands in shared memory or registers.
 //
 // Shared memory is addressed by 32-bit addresses of the shared window. `parity` is the phase bit of a barrier: a wait
-// returns once the phase of that parity is over; a fresh barrier passes a wait for parity 1.
-
-typedef unsigned long long u64;
-typedef unsigned int u32;
+// returns once the phase of that parity is over; a fresh barrier passes a wait for parity 1. Wants word.cuh.
 
 // A CUtensorMap: a kernel takes it as `const __grid_constant__`.
 struct alignas(64) TensorMap {

@@ -1,20 +1,8 @@
 // Elements of rows of any length, WIDTH at a time, as floats: whole packs by one load, the last of a row one by one.
-// A row that is read or written in packs starts at a multiple of their size.
-
-typedef unsigned long long u64;
-typedef __nv_bfloat16 bf16;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(bf16 &to, float x) { to = __float2bfloat16_rn(x); }
+// A row that is read or written in packs starts at a multiple of their size. Wants element.cuh and word.cuh.
 
 // The nearest bf16, ties to even.
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
-
-// Scalars of the launch: a word that holds a float's bits, or those of two (the first in the lower half).
-__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((unsigned)word); }
-__device__ __forceinline__ float second_of(u64 word) { return __uint_as_float((unsigned)(word >> 32)); }
 
 template <typename T> struct alignas(sizeof(T) * WIDTH) Pack {
     T values[WIDTH];

@@ -1,7 +1,5 @@
 // What the matrix products share (matmul.cu, matmul_pingpong.cu): the epilogue f, and how a warp writes its sums.
-// Wants hopper.cuh, EPILOGUE, OUT, SLOPE, CAP or SCALE where the epilogue has one, and for the parts of tiles TILE_N.
-
-typedef __nv_bfloat16 bf16;
+// Wants element.cuh, hopper.cuh, EPILOGUE, OUT, SLOPE, CAP or SCALE where the epilogue has one, and for the parts of tiles TILE_N.
 
 #define READS_E (EPILOGUE == 2 || EPILOGUE == 4 || EPILOGUE == 6 || EPILOGUE == 8)
 #define WRITES_E (EPILOGUE == 3 || EPILOGUE == 7)
@@ -32,9 +30,6 @@ template <bool RAW = false> __device__ __forceinline__ float epilogue(float x, f
     return x;
 #endif
 }
-
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(bf16 &to, float x) { to = __float2bfloat16_rn(x); }
 
 #ifdef SCALE
 __device__ __forceinline__ float2 scale_pair(const float *at) { return *reinterpret_cast<const float2 *>(at); }

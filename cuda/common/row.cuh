@@ -1,19 +1,9 @@
 // Rows of floats in registers: LANES threads (a power of two) share a row of `length` packs of WIDTH elements, and
-// lane l holds the packs l, l + LANES, ..., at most CHUNKS of them, as f32.
-
-typedef unsigned long long u64;
+// lane l holds the packs l, l + LANES, ..., at most CHUNKS of them, as f32. Wants element.cuh and word.cuh.
 
 struct alignas(sizeof(ELEMENT) * WIDTH) Pack {
     ELEMENT values[WIDTH];
 };
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(__nv_bfloat16 &to, float x) { to = __float2bfloat16_rn(x); }
-
-// A scalar of the launch that holds a float's bits.
-__device__ __forceinline__ float float_of(u64 word) { return __uint_as_float((unsigned)word); }
 
 struct Row {
     float at[CHUNKS * WIDTH];

@@ -5,18 +5,24 @@
 //! it is believed before it is checked.
 
 pub mod arrange;
+// The fuzz targets compile the readers alone, without models and their tensors (`fuzz/src/lib.rs`).
+#[cfg(not(fuzzing))]
 pub mod assemble;
+#[cfg(not(fuzzing))]
 pub mod budget;
 pub mod codec;
 pub mod container;
+#[cfg(not(fuzzing))]
 pub mod fit;
 pub mod tensor_table;
 pub mod vocabulary;
 mod wire;
 
+#[cfg(not(fuzzing))]
 pub use budget::{Budget, CAP_BYTES};
 pub use codec::Codec;
 pub use container::{Section, is_artifact};
+#[cfg(not(fuzzing))]
 pub use fit::{Fitted, Limit, fit};
 pub use vocabulary::{ByteTableSection, PieceRow};
 

@@ -1,6 +1,6 @@
 //! NVIDIA GPUs: kernels from `cuda/`, the references in Burn's ops for the rest. Activations bf16 or f32.
 
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::launch_cuda::{Arguments, CudaKernel, float_word, known_element, launch};
 use super::matmul::matmul;
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
@@ -130,12 +130,7 @@ const RMS_NORM_COLUMNS: usize = 16_384;
 
 /// The kernel's element type for a tensor, if it takes that tensor.
 fn rms_norm_element(dtype: DType, rows: usize, columns: usize) -> Option<&'static str> {
-    let fits = rows > 0 && (1..=RMS_NORM_COLUMNS).contains(&columns);
-    match dtype {
-        DType::BF16 if fits => Some("__nv_bfloat16"),
-        DType::F32 if fits => Some("float"),
-        _ => None,
-    }
+    known_element(dtype).filter(|_| rows > 0 && (1..=RMS_NORM_COLUMNS).contains(&columns))
 }
 
 /// How a row is spread over threads.
@@ -214,8 +209,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_common_widths_and_the_extremes() {
-        let variants: Vec<&str> =
-            RMS_NORM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let variants: Vec<&str> = RMS_NORM.variants().collect();
         for (element, size, columns) in [
             ("__nv_bfloat16", 2, 64),
             ("__nv_bfloat16", 2, 512),

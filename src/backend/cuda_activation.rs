@@ -1,12 +1,12 @@
 //! Activations on CUDA: how `cuda/activation.cu` is launched.
 
 use super::cuda::Cuda;
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch_strided};
+use super::launch_cuda::{Arguments, CudaKernel, element, float_word, known_element, launch_strided};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, empty, primitive, tensor};
-use super::views::{columns, side_by_side};
+use super::tensor::{LOAD_BYTES, empty, has_aligned_rows, primitive, tensor};
+use super::views::{columns, side_by_side, sizes};
 use crate::ops::{ActivationOps, activation as reference};
-use burn::tensor::{DType, Tensor, TensorMetadata};
+use burn::tensor::{Tensor, TensorMetadata};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
@@ -90,7 +90,7 @@ impl ActivationOps for Cuda {
 fn takes<const D: usize>(inputs: &[&Tensor<Cuda, D>]) -> bool {
     let first = inputs[0];
     let elements = first.shape().num_elements();
-    matches!(first.dtype(), DType::BF16 | DType::F32)
+    known_element(first.dtype()).is_some()
         && elements < 1 << 32
         && inputs.iter().all(|x| x.dtype() == first.dtype() && x.dims() == first.dims())
 }
@@ -121,10 +121,6 @@ fn gradients_of_a_pair(
         }
     }
     [x, gate].map(|like| empty(like, like.shape(), like.dtype))
-}
-
-fn sizes(x: &CubeTensor<CudaRuntime>) -> [usize; 2] {
-    [x.meta.shape()[0], x.meta.shape()[1]]
 }
 
 /// The elements of one row, and from one row to the next, of a tensor of rows of consecutive elements; one row for a
@@ -178,11 +174,9 @@ fn elementwise(
         _ => columns,
     };
     let size = outputs[0].elem_size();
-    let aligned = |elements: usize| (elements * size).is_multiple_of(LOAD_BYTES);
-    let starts = |x: &&CubeTensor<CudaRuntime>| {
-        x.handle.offset_start.unwrap_or(0).is_multiple_of(LOAD_BYTES as u64) && aligned(stride(x))
-    };
-    let width = if aligned(columns) && tensors.iter().all(starts) { LOAD_BYTES / size } else { 1 };
+    let aligned =
+        (columns * size).is_multiple_of(LOAD_BYTES) && tensors.iter().all(|x| has_aligned_rows(x, stride(x)));
+    let width = if aligned { LOAD_BYTES / size } else { 1 };
 
     let packs = elements / width;
     let mut scalars = [0; 8];
@@ -191,8 +185,7 @@ fn elementwise(
         *place = (stride(x) / width) as u64;
     }
     scalars[7] = float_word(slope as f32);
-    let element = if outputs[0].dtype == DType::BF16 { "__nv_bfloat16" } else { "float" };
-    let constants = vec![("ELEMENT", element.to_string()), ("WIDTH", width.to_string())];
+    let constants = vec![("ELEMENT", element(outputs[0].dtype).to_string()), ("WIDTH", width.to_string())];
     let kernel = CudaKernel { source: &ACTIVATION, entry, constants, block: THREADS as u32, shared_bytes: 0 };
     let each = if inputs.len() > 2 { THREADS } else { 2 * THREADS };
     let arguments = Arguments { buffers: &tensors, scalars: &scalars, ..Default::default() };

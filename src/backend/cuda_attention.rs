@@ -3,11 +3,13 @@
 
 use super::cuda::Cuda;
 use super::launch_cuda::{
-    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch, launch_strided,
+    Arguments, CudaKernel, TensorMap, TensorMapPrefetch, TensorMapSwizzle, float_word, launch,
+    launch_strided, multiprocessors,
 };
 use super::source::Source;
-use super::tensor::{copied, dense, empty, primitive, tensor};
-use super::{cuda_attention_exact, probe_cuda};
+use super::tensor::{aligned, copied, dense, empty, is_aligned, primitive, tensor};
+use super::views::layout;
+use super::{cuda_attention_exact, cuda_matmul};
 use crate::ops::AttentionOps;
 use crate::ops::attention::{self, Attended, Mask};
 use burn::tensor::{DType, Tensor};
@@ -78,7 +80,7 @@ pub(super) fn backward_into(
         None => None,
     };
     let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
-    let [y, grad] = [attended.y.clone(), grad].map(aligned);
+    let [y, grad] = [attended.y.clone(), grad].map(|x| aligned(dense(x)));
     let inputs = inputs.map(|x| Heads::new(x.clone()));
     Some(call.backward(inputs, &y, &grad, &dense(log_sums), place))
 }
@@ -126,20 +128,9 @@ pub(super) fn normed_backward_into(
     let [q, k, v] = places.map(Heads::at);
     let places = [Some(q?), Some(k?), Some(v?)];
     let grad = if grad.dtype() == DType::BF16 { grad.clone() } else { grad.clone().cast(DType::BF16) };
-    let [y, grad] = [attended.y.clone(), grad].map(aligned);
+    let [y, grad] = [attended.y.clone(), grad].map(|x| aligned(dense(x)));
     let inputs = inputs.map(|x| Heads::new(x.clone()));
     Some(call.backward_to(inputs, &y, &grad, &dense(log_sums), places, Some(norm)))
-}
-
-/// Dense heads that begin at a multiple of 16 bytes.
-pub(super) fn aligned(x: Tensor<Cuda, 4>) -> CubeTensor<CudaRuntime> {
-    let x = dense(x);
-    if is_aligned(&x) { x } else { copied(x) }
-}
-
-/// Whether the tensor begins at a multiple of 16 bytes.
-pub(super) fn is_aligned(x: &CubeTensor<CudaRuntime>) -> bool {
-    x.handle.offset_start.unwrap_or(0).is_multiple_of(16)
 }
 
 /// From one sequence, and from one position, of `[b, t, n, d]` to the next, if the copy engine reads these strides (in
@@ -168,7 +159,7 @@ impl Heads {
 
     fn of(x: CubeTensor<CudaRuntime>) -> Self {
         Self::at(x.clone()).unwrap_or_else(|| {
-            let shape: [usize; 4] = std::array::from_fn(|i| x.meta.shape()[i]);
+            let (shape, _) = layout::<_, 4>(&x);
             let row = shape[2] * shape[3];
             Self { tensor: copied(x), shape, strides: [shape[1] * row, row] }
         })
@@ -176,9 +167,8 @@ impl Heads {
 
     /// Where they lie, if the copy engine can reach them there.
     fn at(x: CubeTensor<CudaRuntime>) -> Option<Self> {
-        let shape: [usize; 4] = std::array::from_fn(|i| x.meta.shape()[i]);
-        let strides = row_strides(shape, std::array::from_fn(|i| x.meta.strides()[i]));
-        let strides = strides.filter(|_| is_aligned(&x))?;
+        let (shape, strides) = layout(&x);
+        let strides = row_strides(shape, strides).filter(|_| is_aligned(&x))?;
         Some(Self { tensor: x, shape, strides })
     }
 
@@ -219,9 +209,8 @@ impl Call {
     fn new(inputs: [&Tensor<Cuda, 4>; 3], mask: &Mask<Cuda>, scale: f64) -> Option<Self> {
         let [q, k, v] = inputs;
         let ([batch, queries, heads, size], [_, _, groups, _]) = (q.dims(), k.dims());
-        let is_bf16 = [q, k, v].iter().all(|x| x.dtype() == DType::BF16);
-        let fits = probe_cuda::is_hopper(q.device().index)
-            && is_bf16
+        let fits = cuda_matmul::fits(&primitive(q.clone()))
+            && [k, v].iter().all(|x| x.dtype() == DType::BF16)
             && matches!(size, 32 | 64 | 128)
             && batch < 1 << 16
             && groups < 1 << 16
@@ -327,8 +316,7 @@ impl Call {
     fn forward(&self, [q, k, v]: [Heads; 3]) -> [CubeTensor<CudaRuntime>; 2] {
         let y = q.like(q.shape);
         let log_sums = empty(&q.tensor, [self.batch, self.heads, self.queries], DType::F32);
-        let multiprocessors =
-            q.tensor.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let multiprocessors = multiprocessors(&q.tensor);
         let tiles = self.queries.div_ceil(TILE) * self.batch * self.heads;
         let kernel = self.kernel(&FORWARD, "attention_forward", 512, forward_bytes(self.size));
         let maps = [&q, &k, &v, &y].map(Heads::map);

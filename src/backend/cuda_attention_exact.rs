@@ -2,10 +2,11 @@
 //! `cuda/attention_exact_backward.cu` are launched. Heads of 16, 32, 64 or 128 channels.
 
 use super::cuda::Cuda;
-use super::cuda_attention::{Call, aligned, is_aligned};
+use super::cuda_attention::Call;
 use super::launch_cuda::{Arguments, float_word, launch_strided};
 use super::source::Source;
-use super::tensor::{copied, dense, empty, primitive};
+use super::tensor::{aligned, copied, dense, empty, is_aligned, primitive};
+use super::views::layout;
 use crate::ops::attention::{Attended, Mask};
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::tensor::CubeTensor;
@@ -104,7 +105,7 @@ pub(super) fn backward(
         None => Heads::at(empty(&v.tensor, v.tensor.meta.shape().clone(), DType::F32))?,
     };
     let grad = if grad.dtype() == DType::F32 { grad } else { grad.cast(DType::F32) };
-    let [y, grad] = [attended.y.clone(), grad].map(aligned);
+    let [y, grad] = [attended.y.clone(), grad].map(|x| aligned(dense(x)));
     let log_sums = dense(log_sums);
     let [grad_q, grad_k] = [q, k].map(|x| empty(&y, x.tensor.meta.shape().clone(), DType::F32));
     let delta = empty(&y, [call.batch, call.heads, call.queries], DType::F32);
@@ -163,11 +164,8 @@ impl Heads {
     }
 
     fn at(x: CubeTensor<CudaRuntime>) -> Option<Self> {
-        let strides = head_strides(
-            std::array::from_fn(|i| x.meta.shape()[i]),
-            std::array::from_fn(|i| x.meta.strides()[i]),
-        );
-        let strides = strides.filter(|_| is_aligned(&x))?;
+        let (shape, strides) = layout(&x);
+        let strides = head_strides(shape, strides).filter(|_| is_aligned(&x))?;
         Some(Self { tensor: x, strides })
     }
 }

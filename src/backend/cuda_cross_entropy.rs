@@ -4,18 +4,18 @@
 //! gradients for a group of some chunks, in the activations' type, and then multiplies these by the head and the hidden
 //! rows: products of full length. No tensor has more than [`GRADIENTS`] elements of logits.
 
-use super::cuda::{Cuda, product, product_added};
-use super::cuda_gated;
+use super::cuda::{Cuda, product};
+use super::cuda_linear::added;
 use super::cuda_matmul::{self, Epilogue};
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::launch_cuda::{Arguments, CudaKernel, element, float_word, known_element, launch};
 use super::source::Source;
 use super::tensor::{dense, dense_int, empty, load_width, primitive, tensor};
+use super::views::{rows, transposed};
 use crate::ops::cross_entropy::softcap;
 use crate::ops::{CrossEntropyOps, MatmulOps, Param, cross_entropy};
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
-use cubecl::zspace::metadata::Metadata;
 use std::ops::Range;
 
 /// `cuda/cross_entropy.cu`.
@@ -32,7 +32,7 @@ impl CrossEntropyOps for Cuda {
 
     fn capped_logits(h: Tensor<Self, 2>, w: &Param<Self>, cap: Option<f64>) -> Tensor<Self, 2> {
         let (rows, weight) = (primitive(h.clone()), w.compute::<2>());
-        let Some(cap) = cap.filter(|_| cuda_gated::fits(&rows)) else {
+        let Some(cap) = cap.filter(|_| cuda_matmul::fits(&rows)) else {
             return softcap(Self::matmul_as(h, weight.transpose(), DType::F32), cap);
         };
         let logits = empty(&rows, [h.dims()[0], weight.dims()[0]], DType::F32);
@@ -97,10 +97,11 @@ impl CrossEntropyOps for Cuda {
                 let buffers = [&logits, &head.targets, &lse, &grad, &grad_logits];
                 head.launch("cross_entropy_backward", &buffers, &chunk, group.start);
             }
-            product(&grad_logits, &head.w, &rows(&grad_h, &group));
+            product(&grad_logits, &head.w, &rows(&grad_h, group.start, group.len()));
             if is_trainable {
-                let part = head.grad_weight(&grad_logits, &group, grad_w.take());
-                grad_w = Some(part);
+                // The sum is this call's own, which nothing else holds.
+                let sum = added(grad_w.take(), &rows(&head.h, group.start, group.len()), &grad_logits);
+                grad_w = Some(sum);
             }
         }
         if let Some(grad_w) = grad_w {
@@ -113,7 +114,7 @@ impl CrossEntropyOps for Cuda {
 /// Whether the kernels take these.
 fn takes(h: &Tensor<Cuda, 2>, w: &Tensor<Cuda, 2>, targets: &Tensor<Cuda, 1, Int>) -> bool {
     let ([rows, columns], [vocab, _]) = (h.dims(), w.dims());
-    matches!(h.dtype(), DType::BF16 | DType::F32)
+    known_element(h.dtype()).is_some()
         && w.dtype() == h.dtype()
         && targets.dtype() == DType::I32
         && rows > 0
@@ -154,31 +155,8 @@ impl Head {
     /// The products of some rows and the head.
     fn logits(&self, chunk: &Range<usize>) -> CubeTensor<CudaRuntime> {
         let logits = empty(&self.h, [chunk.len(), self.vocab], DType::F32);
-        product(&rows(&self.h, chunk), &transposed(&self.w), &logits);
+        product(&rows(&self.h, chunk.start, chunk.len()), &transposed(&self.w), &logits);
         logits
-    }
-
-    /// The head's gradient of a group, added to that of the groups before.
-    fn grad_weight(
-        &self,
-        grad_logits: &CubeTensor<CudaRuntime>,
-        group: &Range<usize>,
-        before: Option<CubeTensor<CudaRuntime>>,
-    ) -> CubeTensor<CudaRuntime> {
-        let (a, b) = (transposed(grad_logits), rows(&self.h, group));
-        let sizes = [self.vocab, self.columns];
-        match before {
-            // This call's own, which nothing else holds.
-            Some(sum) => {
-                product_added(&a, &b, &sum);
-                sum
-            }
-            None => {
-                let part = empty(&self.h, sizes, DType::F32);
-                product(&a, &b, &part);
-                part
-            }
-        }
     }
 
     /// Queues a kernel on the logits of a chunk, the first of `buffers`; the rows of its gradients begin at `group`.
@@ -190,9 +168,8 @@ impl Head {
         group: usize,
     ) {
         let (width, lanes) = (load_width(&buffers[..1], self.vocab), lanes(self.vocab));
-        let element = if self.h.dtype == DType::BF16 { "__nv_bfloat16" } else { "float" };
         let constants = vec![
-            ("ELEMENT", element.to_string()),
+            ("ELEMENT", element(self.h.dtype).to_string()),
             ("WIDTH", width.to_string()),
             ("LANES", lanes.to_string()),
             ("CAPPED", u8::from(self.cap.is_some()).to_string()),
@@ -228,23 +205,6 @@ fn ranges(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>
     range.step_by(step).map(move |start| start..(start + step).min(end))
 }
 
-/// Rows of a dense matrix, in place.
-fn rows(x: &CubeTensor<CudaRuntime>, range: &Range<usize>) -> CubeTensor<CudaRuntime> {
-    let columns = x.meta.shape()[1];
-    let bytes = range.start * columns * x.elem_size();
-    CubeTensor {
-        handle: x.handle.clone().offset_start(bytes as u64),
-        meta: Box::new(Metadata::new([range.len(), columns], [columns, 1])),
-        ..x.clone()
-    }
-}
-
-/// A dense matrix by its columns.
-fn transposed(x: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
-    let (rows, columns) = (x.meta.shape()[0], x.meta.shape()[1]);
-    CubeTensor { meta: Box::new(Metadata::new([columns, rows], [1, columns])), ..x.clone() }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,14 +228,12 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_common_vocabularies() {
-        let text = CROSS_ENTROPY.text();
         for (element, vocab, width, capped) in
             [("__nv_bfloat16", 1024, 4, 1), ("__nv_bfloat16", 8192, 4, 1), ("float", 1024, 4, 0)]
         {
             let lanes = lanes(vocab);
-            let variant =
-                format!("// variant: -DELEMENT={element} -DWIDTH={width} -DLANES={lanes} -DCAPPED={capped}");
-            assert!(text.lines().any(|line| line == variant), "{variant}");
+            let variant = format!("-DELEMENT={element} -DWIDTH={width} -DLANES={lanes} -DCAPPED={capped}");
+            assert!(CROSS_ENTROPY.variants().any(|line| line == variant), "{variant}");
         }
     }
 }

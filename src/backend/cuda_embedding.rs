@@ -2,10 +2,11 @@
 
 use super::cuda::Cuda;
 use super::cuda_linear::is_addable;
-use super::launch_cuda::{Arguments, CudaKernel, launch};
+use super::launch_cuda::{Arguments, CudaKernel, element, known_element, launch};
 use super::source::Source;
 use super::tensor::{LOAD_BYTES, dense, dense_int, empty, load_width, primitive, tensor};
 use crate::ops::{EmbeddingOps, Param, embedding};
+use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
@@ -37,7 +38,7 @@ impl EmbeddingOps for Cuda {
     fn embed(ids: Tensor<Self, 1, Int>, w: &Param<Self>) -> Tensor<Self, 2> {
         let ([tokens], table) = (ids.dims(), w.compute::<2>());
         let [vocab, columns] = table.dims();
-        let (Some(element), true) = (element(table.dtype()), takes(&ids, columns)) else {
+        let (Some(element), true) = (known_element(table.dtype()), takes(&ids, columns)) else {
             return embedding::forward(ids, w);
         };
         let (ids, table) = (dense_int(ids), dense(table));
@@ -58,28 +59,28 @@ impl EmbeddingOps for Cuda {
         let most = primitive(grad.clone()).client.properties().hardware.max_shared_memory_size;
         let shared = most - BESIDE;
         let fits = takes(&ids, columns) && vocab > 0 && sizes.places() <= shared && vocab * columns < 1 << 31;
-        let (Some(element), true) = (element(grad.dtype()), fits) else {
+        let (Some(element), true) = (known_element(grad.dtype()), fits) else {
             return embedding::backward(ids, w, grad);
         };
         assert_eq!(grad.dims(), [tokens, columns], "a gradient for each token");
         let (ids, grad) = (dense_int(ids), dense(grad));
         let (starts, order) = sorted(&ids, &sizes, shared);
-        w.update_grad(|sum| {
+        Param::accumulate_with([w], |[sum]| {
             // In place where nobody else holds it.
-            let (own, other) = match sum.map(primitive) {
+            let (own, other) = match sum {
                 Some(sum) if is_addable(&sum) => (Some(sum), None),
                 other => (None, other),
             };
-            let sums: Tensor<Self, 1> = tensor(summed(&starts, &order, &grad, own, element, &sizes));
-            match other {
-                Some(other) => tensor::<_, _, _, _, 1>(other) + sums,
+            let sums = summed(&starts, &order, &grad, own, element, &sizes);
+            [match other {
+                Some(other) => Self::float_add(other, sums),
                 None => sums,
-            }
+            }]
         });
     }
 }
 
-/// The sums of each id's rows, added into `to` if it is there: `[vocab * columns]`.
+/// The sums of each id's rows, added into `to` if it is there: `[vocab, columns]`.
 fn summed(
     starts: &Buffer,
     order: &Buffer,
@@ -90,7 +91,7 @@ fn summed(
 ) -> Buffer {
     let Sizes { tokens, vocab, columns } = *sizes;
     let add = Some(("ADD", usize::from(to.is_some())));
-    let to = to.unwrap_or_else(|| empty(grad, [vocab * columns], DType::F32));
+    let to = to.unwrap_or_else(|| empty(grad, [vocab, columns], DType::F32));
     let form = Form { element, width: load_width(&[grad], columns) };
     let (packs, parts) = (columns / form.width, tokens.div_ceil(PART));
     let edges = empty(grad, [2 * parts, columns], DType::F32);
@@ -108,22 +109,13 @@ fn sorted(ids: &Buffer, sizes: &Sizes, shared: usize) -> (Buffer, Buffer) {
     let (ranks, counts) = (words(sizes.tokens), words(tiles * pairs));
     let (starts, order) = (words(sizes.vocab + 1), words(2 * sizes.tokens));
     // Of which these kernels have nothing.
-    let form = Form { element: "float", width: 1 };
+    let form = Form { element: element(DType::F32), width: 1 };
     let counting = Some(("COUNTING", sizes.counting(shared)));
     form.launch("embedding_count", [tiles, 1], SORTERS, counting, &[ids, &ranks, &counts], sizes);
     let blocks = sizes.tile().div_ceil(sizes.span());
     let buffers = [ids, &ranks, &counts, &starts, &order];
     form.launch("embedding_order", [blocks, tiles], SORTERS, None, &buffers, sizes);
     (starts, order)
-}
-
-/// The kernels' element type for a tensor's.
-fn element(dtype: DType) -> Option<&'static str> {
-    match dtype {
-        DType::BF16 => Some("__nv_bfloat16"),
-        DType::F32 => Some("float"),
-        _ => None,
-    }
 }
 
 /// Whether the kernels, which count rows' elements in 32 bits, take so many.

@@ -2,20 +2,15 @@
 //! `[m, 2 n]`, the gate's columns first.
 
 use super::cuda::Cuda;
-use super::cuda_linear::{accumulate, joins, matching, packed, sizes};
-use super::cuda_matmul::{Factor, choose, is_aligned, kernel, map};
+use super::cuda_linear::{Matrix, accumulate, joins, matching, packed};
+use super::cuda_matmul::{Factor, choose, fits, kernel, map};
 use super::cuda_pingpong::{self, Form};
-use super::launch_cuda::{Arguments, TensorMap, launch};
-use super::probe_cuda;
-use super::tensor::{empty, primitive, tensor};
-use super::views::{columns, side_by_side};
+use super::launch_cuda::{Arguments, TensorMap, element, launch, multiprocessors};
+use super::tensor::{empty, has_aligned_rows, primitive, tensor};
+use super::views::{columns, side_by_side, sizes};
 use crate::ops::mlp::{self as reference, GatedHidden};
 use crate::ops::{LinearOps, Param};
 use burn::tensor::{DType, Tensor};
-use burn_cubecl::tensor::CubeTensor;
-use cubecl::cuda::CudaRuntime;
-
-type Matrix = CubeTensor<CudaRuntime>;
 
 /// The gated MLP, without what a backward needs.
 pub(super) fn mlp(
@@ -90,13 +85,6 @@ fn gated_rows(
     Some((activated, pair))
 }
 
-/// Whether these rows are for the kernels at all.
-pub(super) fn fits(x: &Matrix) -> bool {
-    x.dtype == DType::BF16
-        && probe_cuda::is_hopper(x.device.index)
-        && x.meta.shape().iter().all(|size| *size > 0)
-}
-
 /// Whether [`gated`] takes these: rows at multiples of 16 bytes, for the copy engine.
 fn takes_gated(x: &Matrix, weights: &Matrix) -> bool {
     [x, weights].into_iter().map(|x| Factor::new(x, true)).all(|x| x.k_major && x.is_aligned())
@@ -106,7 +94,7 @@ fn takes_gated(x: &Matrix, weights: &Matrix) -> bool {
 fn takes_ungated(grad: &Matrix, weight: &Matrix, pair: &Matrix) -> bool {
     let (a, b) = (Factor::new(grad, true), Factor::new(weight, false));
     let n = b.shape[2];
-    let pairs = pair.is_contiguous() && is_aligned(pair, n) && pair.meta.shape()[1] == 2 * n;
+    let pairs = pair.is_contiguous() && has_aligned_rows(pair, n) && sizes(pair)[1] == 2 * n;
     a.k_major && a.is_aligned() && !b.k_major && b.is_aligned() && pairs
 }
 
@@ -130,12 +118,11 @@ fn ungated(grad: &Matrix, weight: &Matrix, pair: &Matrix, c: &Matrix) {
 fn multiply([a, b]: [&Factor; 2], [m, n, k]: [usize; 3], epilogue: u8, c: &Matrix, pair: Option<&Matrix>) {
     let forward = epilogue != 8;
     let all = if forward { 2 * n } else { n };
-    let multiprocessors =
-        c.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+    let multiprocessors = multiprocessors(c);
     let constants = vec![
         ("A_K_MAJOR", "1".to_string()),
         ("B_K_MAJOR", u8::from(forward).to_string()),
-        ("OUT", "__nv_bfloat16".to_string()),
+        ("OUT", element(DType::BF16).to_string()),
         ("EPILOGUE", epilogue.to_string()),
     ];
     let mut maps = vec![a.map(), b.map(), if forward { written(c, m, n) } else { halves(c, m, n) }];
@@ -160,13 +147,13 @@ fn multiply([a, b]: [&Factor; 2], [m, n, k]: [usize; 3], epilogue: u8, c: &Matri
 }
 
 fn written(x: &Matrix, m: usize, n: usize) -> TensorMap<'_> {
-    debug_assert!(is_aligned(x, n) && x.is_contiguous(), "an output of whole loads");
+    debug_assert!(has_aligned_rows(x, n) && x.is_contiguous(), "an output of whole loads");
     map(x, [1, m, n], [1, 16, 64])
 }
 
 /// The halves of `[m, 2 n]`.
 fn halves(x: &Matrix, m: usize, n: usize) -> TensorMap<'_> {
-    debug_assert!(is_aligned(x, n) && x.is_contiguous(), "a pair of whole loads");
+    debug_assert!(has_aligned_rows(x, n) && x.is_contiguous(), "a pair of whole loads");
     TensorMap { strides: vec![n, 2 * n, 1], ..map(x, [2, m, n], [1, 16, 64]) }
 }
 
@@ -185,8 +172,7 @@ mod tests {
                 let kernel = kernel(width, constants);
                 let form: BTreeSet<String> =
                     kernel.constants.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-                let variants =
-                    kernel.source.text().lines().filter_map(|line| line.strip_prefix("// variant: "));
+                let variants = kernel.source.variants();
                 let mut variants = variants.map(|line| line.split_whitespace().map(str::to_string).collect());
                 assert!(variants.any(|variant: BTreeSet<String>| variant == form), "{form:?}");
             }

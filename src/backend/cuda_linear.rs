@@ -3,11 +3,11 @@
 
 use super::cuda::{Cuda, product, product_added, product_with};
 use super::cuda_gated;
-use super::cuda_matmul::Epilogue;
-use super::launch_cuda::{Arguments, CudaKernel, launch_strided};
+use super::cuda_matmul::{self, Epilogue};
+use super::launch_cuda::{Arguments, CudaKernel, known_element, launch_strided};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, dense, empty, primitive, tensor};
-use super::views::{columns, one_under_the_other, rows, side_by_side};
+use super::tensor::{LOAD_BYTES, dense, empty, has_aligned_rows, is_aligned, primitive, tensor};
+use super::views::{columns, one_under_the_other, pitch, rows, side_by_side, sizes, transposed};
 use crate::ops::linear::{self, backward_one_by_one};
 use crate::ops::mlp::{self, GatedHidden, Hidden};
 use crate::ops::{LinearOps, MlpOps, Param};
@@ -87,7 +87,7 @@ impl LinearOps for Cuda {
         scale: Option<(&Param<Self>, usize)>,
     ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
         let rows = primitive(x.clone());
-        if !cuda_gated::fits(&rows) || e.dtype() != rows.dtype || w.is_watched() {
+        if !cuda_matmul::fits(&rows) || e.dtype() != rows.dtype || w.is_watched() {
             return linear::added_forward(x, w, e, scale);
         }
         let scale = scale.map(|(scale, row)| primitive(scale.compute_rows().narrow(0, row, 1)));
@@ -105,7 +105,7 @@ impl LinearOps for Cuda {
         grad: Tensor<Self, 2>,
     ) -> Tensor<Self, 2> {
         match scale {
-            Some((scale, row)) if product.is_none() && cuda_gated::fits(&primitive(x.clone())) => {
+            Some((scale, row)) if product.is_none() && cuda_matmul::fits(&primitive(x.clone())) => {
                 scaled_backward(x, w, scale, row, grad)
             }
             scale => linear::added_backward(x, product, w, scale, grad),
@@ -220,24 +220,14 @@ fn scaled_backward(
     tensor(grad_x)
 }
 
-pub(super) fn sizes(x: &Matrix) -> [usize; 2] {
-    [x.meta.shape()[0], x.meta.shape()[1]]
-}
-
 /// A gradient in the type of what it is the gradient of.
 pub(super) fn matching(grad: Tensor<Cuda, 2>, dtype: DType) -> Matrix {
     primitive(if grad.dtype() == dtype { grad } else { grad.cast(dtype) })
 }
 
-fn transposed(x: &Matrix) -> Matrix {
-    let [rows, columns] = sizes(x);
-    let strides = [x.meta.strides()[1], x.meta.strides()[0]];
-    CubeTensor { meta: Box::new(Metadata::new([columns, rows], strides)), ..x.clone() }
-}
-
 /// Whether products with this factor have epilogues, and sums in place.
 fn fuses(x: &Matrix) -> bool {
-    matches!(x.dtype, DType::BF16 | DType::F32) && x.meta.shape().iter().all(|size| *size > 0)
+    known_element(x.dtype).is_some() && x.meta.shape().iter().all(|size| *size > 0)
 }
 
 /// Adds `grad^T x` to a weight's gradient: in place, where there is one that nobody else holds.
@@ -248,7 +238,7 @@ pub(super) fn accumulate(w: &Param<Cuda>, x: &Matrix, grad: &Matrix) {
 }
 
 /// The sum and `grad^T x`, f32.
-fn added(sum: Option<Matrix>, x: &Matrix, grad: &Matrix) -> Matrix {
+pub(super) fn added(sum: Option<Matrix>, x: &Matrix, grad: &Matrix) -> Matrix {
     let grad = transposed(grad);
     let shape = [sizes(&grad)[0], sizes(x)[1]];
     match sum {
@@ -269,8 +259,7 @@ fn added(sum: Option<Matrix>, x: &Matrix, grad: &Matrix) -> Matrix {
 
 /// Whether a kernel may add to a gradient where it is.
 pub(super) fn is_addable(sum: &Matrix) -> bool {
-    let aligned = sum.handle.offset_start.unwrap_or(0).is_multiple_of(LOAD_BYTES as u64);
-    sum.dtype == DType::F32 && sum.can_mut() && sum.is_contiguous() && aligned
+    sum.dtype == DType::F32 && sum.can_mut() && sum.is_contiguous() && is_aligned(sum)
 }
 
 /// [`accumulate`] for several weights: `grad` has the gradients of their outputs side by side. Their gradients are rows
@@ -331,10 +320,7 @@ fn beside<const N: usize>(like: &Matrix, grads: [Option<Matrix>; N], widths: [us
     }
     let mut widths = widths.into_iter();
     let parts = grads.map(|grad| {
-        let grad = grad.map(|grad| {
-            let consecutive = grad.meta.strides()[1] == 1 || sizes(&grad)[1] == 1;
-            if consecutive { grad } else { into_contiguous(grad) }
-        });
+        let grad = grad.map(|grad| if pitch(&grad).is_some() { grad } else { into_contiguous(grad) });
         (grad, widths.next().unwrap_or_default())
     });
     debug_assert!(parts.iter().flat_map(|(grad, _)| grad).all(|grad| sizes(grad)[0] == sizes(like)[0]));
@@ -355,13 +341,10 @@ fn pack<const N: usize>(parts: &[(Option<Matrix>, usize); N]) -> Matrix {
     let width: usize = parts.iter().map(|(_, width)| width).sum();
     let packed = empty(like, [rows, width], like.dtype);
     let size = like.elem_size();
-    // The stride of a single row is never used.
-    let stride = |part: &Matrix| if rows == 1 { sizes(part)[1] } else { part.meta.strides()[0] };
+    let stride = |part: &Matrix| pitch(part).expect("rows of consecutive elements");
     let aligned = parts.iter().all(|(part, width)| {
         let whole = |elements: usize| (elements * size).is_multiple_of(LOAD_BYTES);
-        let placed = |part: &Matrix| {
-            whole(stride(part)) && part.handle.offset_start.unwrap_or(0).is_multiple_of(LOAD_BYTES as u64)
-        };
+        let placed = |part: &Matrix| has_aligned_rows(part, stride(part));
         whole(*width) && part.as_ref().is_none_or(placed)
     });
     let (unit, each) = match size {

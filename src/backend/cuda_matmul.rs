@@ -2,10 +2,12 @@
 //! where that is faster.
 
 use super::cuda_pingpong::{self, Form};
-use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, launch};
+use super::launch_cuda::{
+    Arguments, CudaKernel, TensorMap, TensorMapSwizzle, element, known_element, launch, multiprocessors,
+};
 use super::probe_cuda;
 use super::source::Source;
-use super::tensor::{copied, empty};
+use super::tensor::{begins_at, copied, empty, has_aligned_rows};
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
@@ -59,7 +61,7 @@ impl<'a> Epilogue<'a> {
     fn scale(self, n: usize) -> Option<CubeTensor<CudaRuntime>> {
         let Self::Added(_, Some(scale)) = self else { return None };
         assert_eq!(scale.meta.num_elements(), n, "a scale for each column");
-        let in_pairs = scale.handle.offset_start.unwrap_or(0).is_multiple_of(2 * scale.elem_size() as u64);
+        let in_pairs = begins_at(scale, 2 * scale.elem_size());
         Some(if in_pairs && scale.is_contiguous() { scale.clone() } else { copied(scale.clone()) })
     }
 
@@ -105,7 +107,7 @@ impl Factor {
 
     /// Whether the copy engine can read it.
     pub(super) fn is_aligned(&self) -> bool {
-        is_aligned(&self.tensor, self.pitch)
+        has_aligned_rows(&self.tensor, self.pitch)
     }
 
     pub(super) fn map(&self) -> TensorMap<'_> {
@@ -159,11 +161,6 @@ pub(super) fn dense_view(x: &CubeTensor<CudaRuntime>, shape: [usize; 3]) -> Cube
     CubeTensor { meta: Box::new(Metadata::new(shape, strides)), ..x.clone() }
 }
 
-/// Whether rows of so many columns, and the tensor's start, lie at multiples of 16 bytes.
-pub(super) fn is_aligned(x: &CubeTensor<CudaRuntime>, columns: usize) -> bool {
-    x.handle.offset_start.unwrap_or(0).is_multiple_of(16) && (columns * x.elem_size()).is_multiple_of(16)
-}
-
 pub(super) fn map(tensor: &CubeTensor<CudaRuntime>, shape: [usize; 3], tile: [usize; 3]) -> TensorMap<'_> {
     TensorMap::dense(tensor, &shape, &tile, TensorMapSwizzle::B128)
 }
@@ -205,6 +202,13 @@ fn stages(width: usize) -> (usize, usize) {
     }
 }
 
+/// Whether the tensor cores take this: bf16 on compute capability 9.0, of which there is something.
+pub(super) fn fits(x: &CubeTensor<CudaRuntime>) -> bool {
+    x.dtype == DType::BF16
+        && probe_cuda::is_hopper(x.device.index)
+        && x.meta.shape().iter().all(|size| *size > 0)
+}
+
 /// Whether the kernel takes a product of these: bf16 on compute capability 9.0, to bf16 or f32, with no factor spread
 /// over a batch.
 pub(super) fn takes(
@@ -215,11 +219,10 @@ pub(super) fn takes(
     let sizes = |x: &CubeTensor<CudaRuntime>| -> Vec<usize> { x.meta.shape().iter().copied().collect() };
     let (a_sizes, b_sizes, c_sizes) = (sizes(a), sizes(b), sizes(c));
     let outer = a_sizes.len() - 2;
-    probe_cuda::is_hopper(a.device.index)
-        && a.dtype == DType::BF16
-        && matches!(c.dtype, DType::BF16 | DType::F32)
+    fits(a)
+        && known_element(c.dtype).is_some()
         && a_sizes[..outer] == b_sizes[..outer]
-        && c_sizes.iter().chain(&a_sizes).all(|size| *size > 0)
+        && c_sizes.iter().all(|size| *size > 0)
 }
 
 /// `c = a b` over the last two sizes, into a dense `c`.
@@ -257,8 +260,7 @@ fn multiply(
     let [z, rows, columns] = a.shape;
     let (m, k) = if a.k_major { (rows, columns) } else { (columns, rows) };
     let n = if b.k_major { b.shape[1] } else { b.shape[2] };
-    let multiprocessors =
-        c.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
+    let multiprocessors = multiprocessors(c);
     // A long sum into few tiles (a weight's gradient) is split over the multiprocessors.
     let few = m.div_ceil(128) * n.div_ceil(128) * z < multiprocessors && k > 4096;
     let (number, slope, beside) = epilogue.parts();
@@ -283,7 +285,7 @@ fn multiply(
     ];
     constants.extend(slope.map(|slope| ("SLOPE", format!("{:e}f", slope as f32))));
     constants.extend(epilogue.constant());
-    let aligned = |x: &CubeTensor<CudaRuntime>| is_aligned(x, n);
+    let aligned = |x: &CubeTensor<CudaRuntime>| has_aligned_rows(x, n);
     if a.is_aligned() && b.is_aligned() && aligned(&out) && beside.as_ref().is_none_or(aligned) {
         let chunk = 128 / out.elem_size();
         let written = |x, depth| map(x, [depth, m, n], [1, 16, chunk]);
@@ -349,10 +351,6 @@ pub(super) fn sum_parts(
         [blocks as u32, 1, 1],
         Arguments { buffers: &[parts, c], scalars: &scalars, ..Default::default() },
     );
-}
-
-fn element(dtype: DType) -> &'static str {
-    if dtype == DType::BF16 { "__nv_bfloat16" } else { "float" }
 }
 
 #[cfg(test)]

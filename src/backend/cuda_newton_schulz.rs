@@ -2,8 +2,10 @@
 //! else `cuda/newton_schulz.cu` with the products between its launches.
 
 use super::cuda::Cuda;
-use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, launch};
-use super::probe_cuda;
+use super::cuda_matmul;
+use super::launch_cuda::{
+    Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, known_element, launch,
+};
 use super::source::Source;
 use super::tensor::{LOAD_BYTES, dense, empty, load_width, tensor};
 use crate::ops::MatmulOps;
@@ -71,11 +73,7 @@ impl NewtonSchulzOps for Cuda {
 fn takes(x: &Buffer) -> bool {
     let shape = x.meta.shape();
     let aligned = |size: usize| (size * x.elem_size()).is_multiple_of(LOAD_BYTES);
-    x.dtype == DType::BF16
-        && probe_cuda::is_hopper(x.device.index)
-        && shape[0] <= MOST_MATRICES
-        && aligned(shape[1])
-        && aligned(shape[2])
+    cuda_matmul::fits(x) && shape[0] <= MOST_MATRICES && aligned(shape[1]) && aligned(shape[2])
 }
 
 /// The most matrices of a launch: the grid's second size.
@@ -167,12 +165,8 @@ struct Form {
 
 impl Form {
     fn of(dtype: DType, iteration: NewtonSchulz, elements: usize) -> Option<Self> {
-        match dtype {
-            _ if elements == 0 => None,
-            DType::BF16 => Some(Self { element: "__nv_bfloat16", rounds: true }),
-            DType::F32 => Some(Self { element: "float", rounds: iteration.bf16 }),
-            _ => None,
-        }
+        let element = known_element(dtype).filter(|_| elements > 0)?;
+        Some(Self { element, rounds: dtype == DType::BF16 || iteration.bf16 })
     }
 
     /// Each matrix divided by its Frobenius norm plus `eps`.
@@ -238,8 +232,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_a_step() {
-        let forms: Vec<&str> =
-            PRODUCT.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let forms: Vec<&str> = PRODUCT.variants().collect();
         let mut tried = Vec::new();
         for tall in [false, true] {
             tried.push(Product { a_k_major: !tall, b_k_major: !tall, symmetric: true, added: false });

@@ -233,9 +233,7 @@ mod tests {
             }
         }
         let checked: BTreeSet<BTreeSet<String>> = PINGPONG
-            .text()
-            .lines()
-            .filter_map(|line| line.strip_prefix("// variant: "))
+            .variants()
             // Epilogue 5's are those of its launcher, src/backend/cuda_projected_attention.rs.
             .filter(|variant| !variant.contains("-DEPILOGUE=5"))
             .map(|variant| variant.split_whitespace().map(str::to_string).collect())

@@ -3,12 +3,14 @@
 //! 64 or 128 channels; anything else is the projections' and the norm's own kernels, one after the other.
 
 use super::cuda::Cuda;
-use super::cuda_linear::{Matrix, joins, packed, sizes};
+use super::cuda_linear::{Matrix, joins, packed};
+use super::cuda_matmul::fits;
 use super::cuda_pingpong::{Form, PREFETCH};
-use super::launch_cuda::{Arguments, CudaKernel, TensorMap, TensorMapSwizzle, float_word, launch_strided};
-use super::probe_cuda;
-use super::tensor::{LOAD_BYTES, copied, dense, empty, primitive, tensor};
-use super::views::columns;
+use super::launch_cuda::{
+    Arguments, CudaKernel, TensorMap, TensorMapSwizzle, element, float_word, launch_strided, multiprocessors,
+};
+use super::tensor::{aligned, begins_at, copied, dense, empty, primitive, tensor};
+use super::views::{columns, pitch};
 use crate::ops::projected_attention::{self, Heads};
 use crate::ops::qk_norm::QkNorm;
 use crate::ops::{Param, ProjectedAttentionOps};
@@ -72,7 +74,7 @@ impl Shape {
         let mut constants = vec![
             ("A_K_MAJOR", "1".to_string()),
             ("B_K_MAJOR", "1".to_string()),
-            ("OUT", "__nv_bfloat16".to_string()),
+            ("OUT", element(DType::BF16).to_string()),
             ("EPILOGUE", "5".to_string()),
         ];
         let own = [("HEAD", self.size), ("HALF", self.half), ("GAIN", usize::from(gain))];
@@ -97,14 +99,12 @@ impl Call {
         let shape = Shape::new(x.dims(), weights.map(|w| w.shape()[0]), how)?;
         let form = Form::of_heads(shape.width)?;
         let gain = how.gain.as_ref().map(|gain| gain.compute::<1>());
-        let is_bf16 =
-            x.dtype() == DType::BF16 && gain.as_ref().is_none_or(|gain| gain.dtype() == DType::BF16);
-        if !is_bf16 || !probe_cuda::is_hopper(x.device().index) || !joins(&primitive(x.clone()), weights) {
+        let rows = primitive(x.clone());
+        let is_bf16 = gain.as_ref().is_none_or(|gain| gain.dtype() == DType::BF16);
+        if !is_bf16 || !fits(&rows) || !joins(&rows, weights) {
             return None;
         }
-        let x = dense(x.clone());
-        let x =
-            if x.handle.offset_start.unwrap_or(0).is_multiple_of(LOAD_BYTES as u64) { x } else { copied(x) };
+        let x = aligned(dense(x.clone()));
         let tables = (shape.half > 0).then(|| [&how.rope.cos, &how.rope.sin].map(table));
         let tables = match tables {
             // Rows of both are as far apart.
@@ -136,15 +136,13 @@ impl Call {
             Some([cosines, sines]) => [cosines, sines],
             None => [x; 2],
         };
-        let table_row = tables.as_ref().map_or(0, |[cosines, _]| pitch(cosines));
+        let table_row = tables.as_ref().and_then(|[cosines, _]| pitch(cosines)).unwrap_or(0);
         let buffers: Vec<&Matrix> = [cosines, sines].into_iter().chain(gain).collect();
         let mut scalars = [tokens, all_columns, width, 1, 1].map(|size| size as u64).to_vec();
         scalars.extend([heads, normed_columns, time, table_row].map(|size| size as u64));
         scalars.push(float_word(self.eps));
         let operations = 2.0 * (tokens * all_columns) as f64 * width as f64;
-        let multiprocessors =
-            x.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize;
-        let blocks = form.blocks(tokens, all_columns, multiprocessors);
+        let blocks = form.blocks(tokens, all_columns, multiprocessors(x));
         let arguments = Arguments { maps: &maps, buffers: &buffers, scalars: &scalars, operations };
         launch_strided(shape.kernel(*form, gain.is_some()), [blocks as u32, 1, 1], arguments);
         drop(maps);
@@ -167,13 +165,8 @@ impl Call {
 /// Cosines or sines in f32, each row at a multiple of what a thread loads at once: two of them.
 fn table(x: &Tensor<Cuda, 2>) -> Matrix {
     let x = primitive(if x.dtype() == DType::F32 { x.clone() } else { x.clone().cast(DType::F32) });
-    let are_rows = x.meta.strides()[1] == 1 && pitch(&x).is_multiple_of(2);
-    if are_rows && x.handle.offset_start.unwrap_or(0).is_multiple_of(8) { x } else { copied(x) }
-}
-
-/// From one row to the next.
-fn pitch(x: &Matrix) -> usize {
-    if sizes(x)[0] == 1 { sizes(x)[1] } else { x.meta.strides()[0] }
+    let in_pairs = pitch(&x).is_some_and(|pitch| pitch.is_multiple_of(2)) && begins_at(&x, 8);
+    if in_pairs { x } else { copied(x) }
 }
 
 #[cfg(test)]
@@ -223,9 +216,7 @@ mod tests {
             kernel.constants.iter().map(|(name, value)| format!("-D{name}={value}")).collect()
         };
         let form = Form::of_heads(512).unwrap();
-        let mut expected = BTreeSet::new();
-        let mut text = String::new();
-        for (size, half, gain) in [
+        let kernels = [
             (64, 32, true),
             (64, 32, false),
             (64, 8, true),
@@ -233,20 +224,20 @@ mod tests {
             (32, 16, true),
             (128, 64, true),
             (128, 64, false),
-        ] {
+        ]
+        .map(|(size, half, gain)| {
             let outputs = [8 * size, 4 * size, 4 * size];
             let shape = Shape::new([64, 512], outputs, &how(1, 8, 4, [64, half])).unwrap();
-            let kernel = shape.kernel(form, gain);
-            expected.insert(variant(&kernel));
-            text = kernel.source.text().to_string();
-        }
-        let checked: BTreeSet<BTreeSet<String>> = text
-            .lines()
-            .filter_map(|line| line.strip_prefix("// variant: "))
+            shape.kernel(form, gain)
+        });
+        let expected: BTreeSet<BTreeSet<String>> = kernels.iter().map(variant).collect();
+        let source = kernels[0].source;
+        let checked: BTreeSet<BTreeSet<String>> = source
+            .variants()
             .filter(|variant| variant.contains("-DEPILOGUE=5"))
             .map(|variant| variant.split_whitespace().map(str::to_string).collect())
             .collect();
         assert_eq!(checked, expected);
-        assert!(text.contains("struct HeadScalars"), "the epilogue is pasted in");
+        assert!(source.text().contains("struct HeadScalars"), "the epilogue is pasted in");
     }
 }

@@ -1,9 +1,12 @@
 //! Norm, rotation and gain of queries and keys: how `cuda/qk_norm.cu` is launched. bf16 or f32; q and k in one launch.
 
 use super::cuda::Cuda;
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch_strided};
+use super::launch_cuda::{
+    Arguments, CudaKernel, element, float_word, known_element, launch_strided, multiprocessors,
+};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, copied, empty, primitive, tensor};
+use super::tensor::{LOAD_BYTES, begins_at, copied, dense, empty, primitive, tensor};
+use super::views::{layout, pitch};
 use crate::ops::QkNormOps;
 use crate::ops::qk_norm::{self, QkNorm};
 use burn::tensor::{DType, Tensor};
@@ -83,24 +86,20 @@ impl Rows {
 
     /// `[n, c]` where it lies, if every row begins at a multiple of so many elements.
     fn at(x: CubeTensor<CudaRuntime>, elements: usize) -> Option<Self> {
-        let [rows, columns] = [x.meta.shape()[0], x.meta.shape()[1]];
-        let stride = if rows == 1 { columns } else { x.meta.strides()[0] };
-        let are_rows = columns == 1 || x.meta.strides()[1] == 1;
-        Self::beginning_at(elements, x, are_rows.then_some(stride))
+        let stride = pitch(&x);
+        Self::beginning_at(elements, x, stride)
     }
 
     /// `[b, t, h, d]` as rows `[b t, h d]`, likewise.
     fn of_heads(x: Tensor<Cuda, 4>, elements: usize) -> Self {
-        let shape = x.dims();
         let x = primitive(x);
-        let strides: [usize; 4] = std::array::from_fn(|i| x.meta.strides()[i]);
+        let (shape, strides) = layout(&x);
         let rows = Self::beginning_at(elements, x.clone(), token_stride(shape, strides));
         rows.unwrap_or_else(|| Self { tensor: copied(x), stride: shape[2] * shape[3] })
     }
 
     fn beginning_at(elements: usize, tensor: CubeTensor<CudaRuntime>, stride: Option<usize>) -> Option<Self> {
-        let bytes = (elements * tensor.elem_size()) as u64;
-        let starts = tensor.handle.offset_start.unwrap_or(0).is_multiple_of(bytes);
+        let starts = begins_at(&tensor, elements * tensor.elem_size());
         let stride = stride.filter(|stride| starts && stride.is_multiple_of(elements))?;
         Some(Self { tensor, stride })
     }
@@ -167,7 +166,7 @@ impl Call {
         let (heads, groups, half) = (how.heads, how.groups, how.rope.rotated() / 2);
         let size = width / heads.max(1);
         let gain = how.gain.as_ref().map(|gain| gain.compute::<1>());
-        let fits = matches!(dtype, DType::BF16 | DType::F32)
+        let fits = known_element(dtype).is_some()
             && k.dtype() == dtype
             && gain.as_ref().is_none_or(|gain| gain.dtype() == dtype)
             && (1..1 << 30).contains(&tokens)
@@ -206,7 +205,7 @@ impl Call {
             dtype,
             eps: how.eps as f32,
             tables,
-            gain: gain.map(super::tensor::dense),
+            gain: gain.map(dense),
         })
     }
 
@@ -216,10 +215,9 @@ impl Call {
     }
 
     fn kernel(&self, entry: &'static str, block: usize) -> CudaKernel {
-        let element = if self.dtype == DType::BF16 { "__nv_bfloat16" } else { "float" };
         let number = |n: usize| n.to_string();
         let constants = vec![
-            ("ELEMENT", element.to_string()),
+            ("ELEMENT", element(self.dtype).to_string()),
             ("HEAD", number(self.size)),
             ("HALF", number(self.half)),
             ("WIDTH", number(self.spread.width)),
@@ -291,8 +289,7 @@ impl Call {
                 stride: heads * self.size,
             })
         });
-        let properties = &q.tensor.client.properties().hardware;
-        let resident = RESIDENT * properties.num_streaming_multiprocessors.unwrap_or(132) as usize;
+        let resident = RESIDENT * multiprocessors(&q.tensor);
         let rounds = [self.heads, self.groups].map(|heads| self.tokens.div_ceil(self.spread.slots() / heads));
         let blocks = share(resident, rounds);
         let scalars = self.scalars(
@@ -350,8 +347,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_forms_of_the_recipes_heads() {
-        let variants: Vec<&str> =
-            QK_NORM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let variants: Vec<&str> = QK_NORM.variants().collect();
         for (element, bytes, size, half) in [
             ("__nv_bfloat16", 2, 64, 32),
             ("__nv_bfloat16", 2, 64, 8),

@@ -3,7 +3,7 @@
 use super::cuda::Cuda;
 use super::launch_cuda::{Arguments, CudaKernel, launch};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, dense, empty, tensor};
+use super::tensor::{dense, empty, is_aligned, tensor};
 use crate::ops::{ReduceOps, reduce};
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::tensor::CubeTensor;
@@ -46,8 +46,7 @@ fn split(n: usize, width: usize) -> (usize, usize) {
 /// The sums of the slices of a vector.
 fn slices(x: &CubeTensor<CudaRuntime>) -> CubeTensor<CudaRuntime> {
     let n = x.meta.num_elements();
-    let is_aligned = x.handle.offset_start.unwrap_or(0).is_multiple_of(LOAD_BYTES as u64);
-    let width = if is_aligned && n.is_multiple_of(4) { 4 } else { 1 };
+    let width = if is_aligned(x) && n.is_multiple_of(4) { 4 } else { 1 };
     let (slice, blocks) = split(n, width);
     let sums = empty(x, [blocks], DType::F32);
     let kernel = CudaKernel {

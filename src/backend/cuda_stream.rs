@@ -1,12 +1,15 @@
 //! The residual stream on NVIDIA GPUs: how `cuda/stream.cu` is launched.
 
 use super::cuda::{Cuda, Spread};
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::launch_cuda::{
+    Arguments, CudaKernel, element, float_word, known_element, launch, multiprocessors,
+};
 use super::source::Source;
 use super::tensor::{dense, empty, load_width, tensor};
 use crate::ops::stream::{BRANCHES, Branch, InputGrads, Inputs, Norm, OutputGrads, Outputs, Seen};
 use crate::ops::{Param, StreamOps, stream};
 use burn::tensor::{DType, Tensor};
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
 
@@ -142,7 +145,7 @@ impl Operands {
         let dtype = x.dtype();
         let values = branches.iter().map(|branch| &branch.value).chain(mix.iter().map(|(x0, _)| x0));
         let mut alike = values.map(|value| value.dims() == [rows, columns] && value.dtype() == dtype);
-        let fits = matches!(dtype, DType::BF16 | DType::F32)
+        let fits = known_element(dtype).is_some()
             && rows > 0
             && columns > 0
             && branches.len() <= BRANCHES
@@ -179,8 +182,7 @@ impl Operands {
     }
 
     fn multiprocessors(&self) -> usize {
-        let hardware = &self.buffers[0].client.properties().hardware;
-        hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
+        multiprocessors(&self.buffers[0])
     }
 
     /// How a row of the buffers is spread, if it fits.
@@ -190,10 +192,9 @@ impl Operands {
     }
 
     fn kernel(&self, entry: &'static str, pass: u32, spread: Spread, norms: bool) -> CudaKernel {
-        let element = if self.buffers[0].dtype == DType::BF16 { "__nv_bfloat16" } else { "float" };
         let constants = vec![
             ("PASS", pass.to_string()),
-            ("ELEMENT", element.to_string()),
+            ("ELEMENT", element(self.buffers[0].dtype).to_string()),
             ("WIDTH", spread.width.to_string()),
             ("LANES", spread.lanes.to_string()),
             ("CHUNKS", spread.chunks.to_string()),
@@ -263,9 +264,9 @@ impl Target {
     /// Adds the sums over all blocks to the parameter's gradient.
     fn add(&self, partials: &Primitive, blocks: usize, slots: usize, columns: usize) {
         let elements = self.param.numel();
-        self.param.update_grad(|old| {
-            let old = old.map(dense);
-            let grad = empty(partials, [elements], DType::F32);
+        Param::accumulate_with([&self.param], |[old]| {
+            let old = old.map(into_contiguous);
+            let grad = empty(partials, self.param.shape().to_vec(), DType::F32);
             let scalars = [
                 blocks,
                 slots * columns,
@@ -276,7 +277,7 @@ impl Target {
                 usize::from(old.is_some()),
             ];
             let one = |name| (name, "1".to_string());
-            let mut constants = vec![("PASS", "4".to_string()), ("ELEMENT", "float".to_string())];
+            let mut constants = vec![("PASS", "4".to_string()), ("ELEMENT", element(DType::F32).to_string())];
             constants.extend(["WIDTH", "LANES", "CHUNKS", "BRANCHES", "MIX", "NORM"].map(one));
             let kernel =
                 CudaKernel { source: &STREAM, entry: "stream_sum", constants, block: 512, shared_bytes: 0 };
@@ -284,7 +285,7 @@ impl Target {
             let scalars = scalars.map(|word| word as u64);
             let arguments = Arguments { buffers: &buffers, scalars: &scalars, ..Default::default() };
             launch(kernel, [elements.div_ceil(32) as u32, 1, 1], arguments);
-            tensor(grad)
+            [grad]
         });
     }
 }
@@ -315,8 +316,7 @@ mod tests {
 
     #[test]
     fn the_compile_check_tries_the_largest_forms() {
-        let variants: Vec<&str> =
-            STREAM.text().lines().filter_map(|line| line.strip_prefix("// variant: ")).collect();
+        let variants: Vec<&str> = STREAM.variants().collect();
         for (element, size) in [("__nv_bfloat16", 2), ("float", 4)] {
             for (columns, width) in
                 [(512, 16 / size), (MOST_LANES * 16 / size, 16 / size), (MOST_LANES * 4, 1)]

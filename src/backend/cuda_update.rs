@@ -1,9 +1,9 @@
 //! The optimizers' steps over many tensors in few launches: how `cuda/update.cu` is launched.
 
 use super::cuda::Cuda;
-use super::launch_cuda::{Arguments, CudaKernel, float_word, launch};
+use super::launch_cuda::{Arguments, CudaKernel, float_word, known_element, launch};
 use super::source::Source;
-use super::tensor::{LOAD_BYTES, dense, empty, primitive, tensor};
+use super::tensor::{dense, empty, is_aligned, primitive, tensor};
 use crate::ops::UpdateOps;
 use crate::ops::update::{
     self, AdamInput, AdamOutput, MomentumConfig, MomentumInput, OrthogonalInput, Updated,
@@ -63,7 +63,7 @@ impl UpdateOps for Cuda {
         let Some(dims) = inputs.first().map(|input| input.grad.dims()) else {
             return update::momentum_step(inputs, config, scale);
         };
-        if !inputs.iter().all(takes) || !scale.iter().all(is_float) || element(config.dtype).is_none() {
+        if !inputs.iter().all(takes) || !scale.iter().all(is_float) || known_element(config.dtype).is_none() {
             return update::momentum_step(inputs, config, scale);
         }
         let scale = scale.map(dense);
@@ -85,7 +85,7 @@ impl UpdateOps for Cuda {
         bf16: bool,
     ) -> Vec<Updated<Self, 2>> {
         let takes = inputs.iter().all(|input| is_float(&input.value));
-        if !takes || updates.shape().num_elements() == 0 || element(updates.dtype()).is_none() {
+        if !takes || updates.shape().num_elements() == 0 || known_element(updates.dtype()).is_none() {
             return update::orthogonal_step(inputs, updates, bf16);
         }
         let [_, rows, columns] = updates.dims();
@@ -237,7 +237,8 @@ fn momentum(
     for (grad, buffer, new) in &tensors {
         buffers.extend([grad, buffer.as_ref().unwrap_or(grad), new]);
     }
-    let kernel = many("update_momentum", "MOMENTUM", element(updates.dtype), [width, PACKS], tensors.len());
+    let kernel =
+        many("update_momentum", "MOMENTUM", known_element(updates.dtype), [width, PACKS], tensors.len());
     let grid = [elements.div_ceil(THREADS * width * PACKS) as u32, tensors.len() as u32, 1];
     launch(kernel, grid, arguments(&buffers, &words));
     tensors.into_iter().map(|(_, _, new)| tensor(new)).collect()
@@ -273,7 +274,7 @@ fn orthogonal(
         buffers.extend([value, new, copy.as_ref().unwrap_or(new)]);
     }
     let kernel =
-        many("update_orthogonal", "ORTHOGONAL", element(updates.dtype), [width, PACKS], tensors.len());
+        many("update_orthogonal", "ORTHOGONAL", known_element(updates.dtype), [width, PACKS], tensors.len());
     let grid = [elements.div_ceil(THREADS * width * PACKS) as u32, tensors.len() as u32, 1];
     launch(kernel, grid, arguments(&buffers, &words));
     let output = |(_, value, copy): (_, Buffer, Option<Buffer>)| Updated {
@@ -342,14 +343,6 @@ fn is_float<const D: usize>(x: &Tensor<Cuda, D>) -> bool {
     x.dtype() == DType::F32 && x.shape().num_elements() > 0
 }
 
-fn element(dtype: DType) -> Option<&'static str> {
-    match dtype {
-        DType::BF16 => Some("__nv_bfloat16"),
-        DType::F32 => Some("float"),
-        _ => None,
-    }
-}
-
 /// Whether the kernel makes the copy that is asked for.
 fn wanted(copy: Option<DType>) -> bool {
     copy == Some(DType::BF16)
@@ -367,8 +360,7 @@ fn pair(first: f64, second: f64) -> u64 {
 
 /// Elements of one load: 4 where every tensor starts at a multiple of their size. What is freshly made does.
 fn width(tensors: &[&Buffer]) -> usize {
-    let start = |tensor: &Buffer| tensor.handle.offset_start.unwrap_or(0);
-    if tensors.iter().all(|tensor| start(tensor).is_multiple_of(LOAD_BYTES as u64)) { 4 } else { 1 }
+    if tensors.iter().all(|tensor| is_aligned(tensor)) { 4 } else { 1 }
 }
 
 #[cfg(test)]
@@ -408,19 +400,15 @@ mod tests {
             words.sort();
             words
         };
-        let variants: Vec<Vec<String>> = UPDATE
-            .text()
-            .lines()
-            .filter_map(|line| line.strip_prefix("// variant: "))
-            .map(|line| sorted(line.split(' ').map(String::from).collect()))
-            .collect();
+        let variants: Vec<Vec<String>> =
+            UPDATE.variants().map(|line| sorted(line.split(' ').map(String::from).collect())).collect();
         for (entry, part, element, sizes, count) in [
             ("update_adam", "ADAM", None, [4, ADAM_PACKS], 3),
             ("update_adam", "ADAM", None, [1, ADAM_PACKS], 1),
-            ("update_momentum", "MOMENTUM", element(DType::BF16), [4, PACKS], 2),
-            ("update_momentum", "MOMENTUM", element(DType::F32), [1, PACKS], 1),
-            ("update_orthogonal", "ORTHOGONAL", element(DType::BF16), [4, PACKS], 2),
-            ("update_orthogonal", "ORTHOGONAL", element(DType::F32), [1, PACKS], 1),
+            ("update_momentum", "MOMENTUM", known_element(DType::BF16), [4, PACKS], 2),
+            ("update_momentum", "MOMENTUM", known_element(DType::F32), [1, PACKS], 1),
+            ("update_orthogonal", "ORTHOGONAL", known_element(DType::BF16), [4, PACKS], 2),
+            ("update_orthogonal", "ORTHOGONAL", known_element(DType::F32), [1, PACKS], 1),
             ("update_squares", "SQUARES", None, [4, 0], 2),
             ("update_squares", "SQUARES", None, [1, 0], 1),
             ("update_blend", "BLEND", None, [4, PACKS], 2),

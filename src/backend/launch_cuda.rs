@@ -13,6 +13,7 @@
 
 use super::source::Source;
 use super::{profile, views};
+use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::{CudaCompiler, CudaRuntime};
 use cubecl::ir::StorageType;
@@ -25,6 +26,9 @@ use cubecl::zspace::metadata::Metadata;
 use cubecl::{CompilationError, Compiler, CubeCount, CubeDim, CubeTask, ExecutionMode};
 use cubecl_cpp::shared::{Body, ComputeKernel, Elem, Flags, Item, SharedMemory};
 use std::fmt::Write;
+
+/// Tensors of a launch that a profile's row names.
+const NAMED_TENSORS: usize = 8;
 
 pub use cubecl::prelude::{TensorMapPrefetch, TensorMapSwizzle};
 
@@ -217,6 +221,25 @@ pub struct Arguments<'a> {
     pub operations: f64,
 }
 
+/// What the kernels call an element type, if they have it.
+pub fn known_element(dtype: DType) -> Option<&'static str> {
+    match dtype {
+        DType::BF16 => Some("__nv_bfloat16"),
+        DType::F32 => Some("float"),
+        _ => None,
+    }
+}
+
+/// [`known_element`] of a type that the kernels have.
+pub fn element(dtype: DType) -> &'static str {
+    known_element(dtype).unwrap_or_else(|| panic!("elements of {dtype:?}, expected bf16 or f32"))
+}
+
+/// The multiprocessors of the tensor's device.
+pub fn multiprocessors(x: &CubeTensor<CudaRuntime>) -> usize {
+    x.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(132) as usize
+}
+
 /// A float as a word of the scalars' struct: its bits in the lower half.
 pub fn float_word(value: f32) -> u64 {
     u64::from(value.to_bits())
@@ -252,12 +275,12 @@ pub fn launch_strided(kernel: CudaKernel, grid: [u32; 3], arguments: Arguments) 
     let Some(first) = tensors().next().filter(|_| !grid.contains(&0)) else { return };
     debug_assert!(tensors().all(|t| t.device == first.device), "{}", kernel.entry);
     let shape = |t: &CubeTensor<CudaRuntime>| format!("{:?}", t.meta.shape().iter().collect::<Vec<_>>());
-    profile::note(
-        kernel.entry,
-        || tensors().map(shape).collect::<Vec<_>>().join(" "),
-        || distinct_bytes(tensors()),
-        operations,
-    );
+    let shapes = || {
+        let left_out = tensors().count().saturating_sub(NAMED_TENSORS);
+        let more = (left_out > 0).then(|| format!("and {left_out} more"));
+        tensors().take(NAMED_TENSORS).map(shape).chain(more).collect::<Vec<_>>().join(" ")
+    };
+    profile::note(kernel.entry, shapes, || distinct_bytes(tensors()), operations);
     // With nothing "dynamic" after them, all words arrive as one struct by value.
     let words = MetadataBindingInfo::new(scalars.to_vec(), scalars.len());
     let bindings = KernelArguments::new()

@@ -10,9 +10,13 @@ use std::sync::OnceLock;
 const COMMON: &[(&str, &str)] = &[
     ("common/row_sum.wgsl", include_str!("../../wgsl/common/row_sum.wgsl")),
     ("common/row.cuh", include_str!("../../cuda/common/row.cuh")),
+    ("common/word.cuh", include_str!("../../cuda/common/word.cuh")),
+    ("common/element.cuh", include_str!("../../cuda/common/element.cuh")),
     ("common/pack.cuh", include_str!("../../cuda/common/pack.cuh")),
     ("common/hopper.cuh", include_str!("../../cuda/common/hopper.cuh")),
+    ("common/attention_seen.cuh", include_str!("../../cuda/common/attention_seen.cuh")),
     ("common/attention.cuh", include_str!("../../cuda/common/attention.cuh")),
+    ("common/attention_scores.cuh", include_str!("../../cuda/common/attention_scores.cuh")),
     ("common/attention_order.cuh", include_str!("../../cuda/common/attention_order.cuh")),
     ("common/attention_norm.cuh", include_str!("../../cuda/common/attention_norm.cuh")),
     ("common/attention_exact.cuh", include_str!("../../cuda/common/attention_exact.cuh")),
@@ -53,6 +57,12 @@ impl Source {
     /// The text with its includes pasted in.
     pub fn text(&self) -> &str {
         &self.expanded().0
+    }
+
+    /// The constants of the forms that the compile check (`.ci/cuda`) tries, one line each.
+    #[cfg(test)]
+    pub(super) fn variants(&self) -> impl Iterator<Item = &str> {
+        self.text().lines().filter_map(|line| line.strip_prefix("// variant: "))
     }
 
     /// The text without the CUDA kernels other than `entry`, which would be compiled with it and thrown away: each begins

@@ -39,6 +39,27 @@ pub fn copied<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
     CubeTensor::new(client, copy.handle, *copy.metadata, device, dtype)
 }
 
+/// The tensor, or a copy of it if it does not begin where [`copied`] ones do.
+pub fn aligned<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
+    if is_aligned(&x) { x } else { copied(x) }
+}
+
+/// Whether the tensor begins at a multiple of [`LOAD_BYTES`].
+pub fn is_aligned<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
+    begins_at(x, LOAD_BYTES)
+}
+
+/// Whether the tensor begins at a multiple of so many bytes.
+pub fn begins_at<R: CubeRuntime>(x: &CubeTensor<R>, bytes: usize) -> bool {
+    x.handle.offset_start.unwrap_or(0).is_multiple_of(bytes as u64)
+}
+
+/// Whether rows of so many elements, one after the other from the tensor's start on, each begin at a multiple of
+/// [`LOAD_BYTES`].
+pub fn has_aligned_rows<R: CubeRuntime>(x: &CubeTensor<R>, columns: usize) -> bool {
+    is_aligned(x) && (columns * x.elem_size()).is_multiple_of(LOAD_BYTES)
+}
+
 /// The tensor's primitive in whatever layout it has.
 pub fn primitive<R, F, I, B, const D: usize>(tensor: Tensor<CubeBackend<R, F, I, B>, D>) -> CubeTensor<R>
 where
@@ -69,10 +90,7 @@ pub fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: impl Into<Shape>, dtyp
 /// Elements that one thread may load at once from rows of `columns` elements of all the given dense tensors: as many
 /// as fill [`LOAD_BYTES`] where every row starts at a multiple of that, else 1.
 pub fn load_width<R: CubeRuntime>(tensors: &[&CubeTensor<R>], columns: usize) -> usize {
-    let aligned = tensors.iter().all(|tensor| {
-        let start = tensor.handle.offset_start.unwrap_or(0);
-        start.is_multiple_of(LOAD_BYTES as u64) && (columns * tensor.elem_size()).is_multiple_of(LOAD_BYTES)
-    });
+    let aligned = tensors.iter().all(|tensor| has_aligned_rows(tensor, columns));
     let widest = tensors.iter().map(|tensor| tensor.elem_size()).max().unwrap_or(LOAD_BYTES);
     if aligned { LOAD_BYTES / widest } else { 1 }
 }

@@ -1,4 +1,5 @@
-//! Views of parts of a buffer, made by hand: several matrices that lie beside each other, or one under the other, in one.
+//! How tensors lie in their buffers, and views made by hand: of parts of a matrix, of its transpose, of several matrices
+//! that lie beside each other, or one under the other, in one buffer.
 
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
@@ -6,16 +7,38 @@ use cubecl::server::Handle;
 use cubecl::zspace::metadata::Metadata;
 use std::fmt::{self, Write};
 
+/// Sizes and strides of a tensor of rank `N`.
+pub(super) fn layout<R: CubeRuntime, const N: usize>(x: &CubeTensor<R>) -> ([usize; N], [usize; N]) {
+    (std::array::from_fn(|i| x.meta.shape()[i]), std::array::from_fn(|i| x.meta.strides()[i]))
+}
+
+/// The sizes of a matrix.
+pub(super) fn sizes<R: CubeRuntime>(x: &CubeTensor<R>) -> [usize; 2] {
+    layout(x).0
+}
+
+/// From one row of a matrix to the next, in elements, if those of a row are consecutive; a single row is dense.
+pub(super) fn pitch<R: CubeRuntime>(x: &CubeTensor<R>) -> Option<usize> {
+    let ([rows, columns], [row, column]) = layout(x);
+    (columns == 1 || column == 1).then_some(if rows == 1 { columns } else { row })
+}
+
+/// The transpose of a matrix.
+pub(super) fn transposed<R: CubeRuntime>(x: &CubeTensor<R>) -> CubeTensor<R> {
+    let ([rows, columns], [row, column]) = layout(x);
+    CubeTensor { meta: Box::new(Metadata::new([columns, rows], [column, row])), ..x.clone() }
+}
+
 /// Columns `from..from + width` of a matrix.
 pub(super) fn columns<R: CubeRuntime>(x: &CubeTensor<R>, from: usize, width: usize) -> CubeTensor<R> {
-    let all = x.meta.shape()[1];
-    part(x, [0, from], [0, all - from - width], [x.meta.shape()[0], width])
+    let [rows, all] = sizes(x);
+    part(x, [0, from], [0, all - from - width], [rows, width])
 }
 
 /// Rows `from..from + count` of a matrix.
 pub(super) fn rows<R: CubeRuntime>(x: &CubeTensor<R>, from: usize, count: usize) -> CubeTensor<R> {
-    let all = x.meta.shape()[0];
-    part(x, [from, 0], [all - from - count, 0], [count, x.meta.shape()[1]])
+    let [all, columns] = sizes(x);
+    part(x, [from, 0], [all - from - count, 0], [count, columns])
 }
 
 fn part<R: CubeRuntime>(
@@ -24,7 +47,7 @@ fn part<R: CubeRuntime>(
     after: [usize; 2],
     shape: [usize; 2],
 ) -> CubeTensor<R> {
-    let strides = [x.meta.strides()[0], x.meta.strides()[1]];
+    let (_, strides) = layout::<_, 2>(x);
     let bytes =
         |skipped: [usize; 2]| ((skipped[0] * strides[0] + skipped[1] * strides[1]) * x.elem_size()) as u64;
     let handle = x.handle.clone().offset_start(bytes(before)).offset_end(bytes(after));
@@ -41,11 +64,9 @@ struct Place {
 
 impl Place {
     fn of<R: CubeRuntime>(x: &CubeTensor<R>) -> Option<Self> {
-        let (shape, strides) = (x.meta.shape(), x.meta.strides());
-        (shape.len() == 2).then(|| Self {
-            start: x.handle.offset_start.unwrap_or(0) as usize,
-            shape: [shape[0], shape[1]],
-            strides: [strides[0], strides[1]],
+        (x.meta.shape().len() == 2).then(|| {
+            let (shape, strides) = layout(x);
+            Self { start: x.handle.offset_start.unwrap_or(0) as usize, shape, strides }
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Phase, Progress, Sequences};
 use crate::error::{Error, Result};
-use crate::eval::ids_tensor;
+use crate::model::ids_tensor;
 use crate::model::{EMBEDDING, Model};
 use crate::ops::Plain;
 use crate::quant::Hessians;

@@ -5,8 +5,8 @@
 
 use super::{Phase, Progress, Sequences};
 use crate::error::{Error, Result};
-use crate::eval::ids_tensor;
 use crate::eval::sample::draw;
+use crate::model::ids_tensor;
 use crate::model::{Model, init, params};
 use crate::ops::Plain;
 use crate::recipe::{PR1382, PR1607, Recipe};

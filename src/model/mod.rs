@@ -29,7 +29,7 @@ use crate::ops::{Backend, Param, Plain, accumulate_type};
 use crate::recipe::{PR1382, Recipe};
 use attention::KeyValueCache;
 use block::{Block, BlockInputs};
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 use embed::{Embed, EmbedState};
 use mlp::Mlp;
 use params::Params;
@@ -64,6 +64,12 @@ pub fn param_count(recipe: &Recipe) -> Result<u64> {
 /// Refuses a recipe that describes no model: keys out of bounds or at odds, or a model too large for any host.
 pub fn check(recipe: &Recipe) -> Result<()> {
     Plan::of(recipe).map(drop)
+}
+
+/// Token ids `[batch, time]` on a device.
+pub fn ids_tensor<P: Plain>(ids: &[u16], time: usize, device: &P::Device) -> Tensor<P, 2, Int> {
+    let values: Vec<i32> = ids.iter().map(|id| i32::from(*id)).collect();
+    Tensor::from_data(TensorData::new(values, [ids.len() / time, time]), device)
 }
 
 /// State that a model carries from one call to the next: what its layers have seen of the sequence so far.

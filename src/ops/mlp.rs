@@ -1,7 +1,7 @@
 //! The MLPs of rows `x[n, i]`: the squared one, `y = w2 leaky_relu(w1 x)^2` with weights `w1[h, i]` and `w2[o, h]`, and
 //! the gated one (SwiGLU), `y = w_last (silu(w_gate x) w_up x)` with `w_gate[h, i]`, `w_up[h, i]` and `w_last[o, h]`.
 
-use super::tape::{primitive, record, tensor};
+use super::tape::{primitive, record, rounds, tensor};
 use super::{ActivationOps, Autodiff, LinearOps, Param, Plain};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
@@ -95,6 +95,9 @@ pub trait MlpOps: LinearOps + ActivationOps {
 
 impl<B: Plain> MlpOps for Autodiff<B> {
     fn squared_mlp(x: Tensor<Self, 2>, inner: &Param<B>, last: &Param<B>, slope: f64) -> Tensor<Self, 2> {
+        if rounds() {
+            return forward(x, inner, last, slope).0;
+        }
         let x = primitive(x);
         let input: Tensor<B, 2> = tensor(x.primitive.clone());
         let (y, hidden) = B::squared_mlp_forward(input.clone(), inner, last, slope);
@@ -106,6 +109,9 @@ impl<B: Plain> MlpOps for Autodiff<B> {
     }
 
     fn gated_mlp(x: Tensor<Self, 2>, gate: &Param<B>, up: &Param<B>, last: &Param<B>) -> Tensor<Self, 2> {
+        if rounds() {
+            return gated_forward(x, gate, up, last).0;
+        }
         let x = primitive(x);
         let input: Tensor<B, 2> = tensor(x.primitive.clone());
         let (y, hidden) = B::gated_mlp_forward(input.clone(), gate, up, last);

@@ -4,7 +4,7 @@
 
 use super::attention::{Attended, Mask};
 use super::qk_norm::QkNorm;
-use super::tape::{primitive, record, tensor};
+use super::tape::{primitive, record, rounds, tensor};
 use super::{AttentionOps, Autodiff, Plain, QkNormOps};
 use burn::tensor::Tensor;
 
@@ -47,6 +47,11 @@ impl<B: Plain> NormedAttentionOps for Autodiff<B> {
         mask: &Mask<Self>,
         scale: f64,
     ) -> Tensor<Self, 4> {
+        if rounds() {
+            let [q, k] = Self::qk_norm(q, k, how);
+            let v = v.reshape(k.dims());
+            return Self::attention_forward(q, k, v, mask, scale).0;
+        }
         let parents = [primitive(q), primitive(k), primitive(v)];
         let [q, k, v]: [Tensor<B, 2>; 3] = parents.each_ref().map(|p| tensor(p.primitive.clone()));
         let before = [q, k];

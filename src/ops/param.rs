@@ -277,6 +277,12 @@ impl<B: Plain> Param<B> {
         }
     }
 
+    /// Uninitialised memory of the value's size.
+    pub fn reserve(&self) -> Tensor<B, 1> {
+        let value = self.flat();
+        Tensor::empty([self.numel()], (&value.device(), value.dtype()))
+    }
+
     /// The type of the master value, the gradient and the optimizers' state.
     pub fn master_type(&self) -> DType {
         self.state().value.dtype()
@@ -361,9 +367,9 @@ impl<B: Plain> Param<B> {
         state.grad = Some(B::float_reshape(primitive(sum), held.into()));
     }
 
-    /// Lets `add` add into the gradient buffers of several different parameters at once: it is given those that there
-    /// are, no other reference to them kept here, and gives them all back, in the parameters' sizes and the master
-    /// values' type.
+    /// Lets `add` add into the gradient buffers of one parameter, or of several different ones at once: it is given those
+    /// that there are, no other reference to them kept here, and gives them all back, in the parameters' sizes and the
+    /// master values' type. For kernels that add in the pass that they make anyway.
     pub fn accumulate_with<const N: usize>(
         params: [&Self; N],
         add: impl FnOnce([Option<Primitive<B>>; N]) -> [Primitive<B>; N],
@@ -378,16 +384,6 @@ impl<B: Plain> Param<B> {
     /// Whether both are the same parameter.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
-    }
-
-    /// Replaces the accumulated gradient (of the computing copy, none before the first) by what `add` makes of it: one
-    /// row of all elements, of the master value's type. For kernels that add in the pass that they make anyway.
-    pub fn update_grad(&self, add: impl FnOnce(Option<Tensor<B, 1>>) -> Tensor<B, 1>) {
-        let held = self.held();
-        let mut state = self.state();
-        let grad = add(state.grad.take().map(flatten::<B>));
-        assert_eq!(grad.dims(), [self.numel()], "a gradient of another size for {}", self.name());
-        state.grad = Some(B::float_reshape(primitive(grad), held.into()));
     }
 
     /// Adds `grad` (`[rows.len(), n]`) into rows of the gradient buffer, rows as [`Self::compute_rows`] has them.

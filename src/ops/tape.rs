@@ -73,7 +73,7 @@ thread_local! {
 
 /// Runs `forward` with the output of every op that it records, and the gradients that the op's backward will give,
 /// rounded to bf16: the error that a reference itself makes in bf16, on devices without that type (DESIGN.md, parity
-/// rule). Gradients of parameters add up unrounded.
+/// rule). Ops of several parts are on the tape part by part. Gradients of parameters add up unrounded.
 pub fn rounded<T>(forward: impl FnOnce() -> T) -> T {
     struct Restored(bool);
     impl Drop for Restored {
@@ -85,6 +85,11 @@ pub fn rounded<T>(forward: impl FnOnce() -> T) -> T {
     let result = forward();
     drop(restored);
     result
+}
+
+/// Whether [`rounded`] runs: ops of several parts then leave the tape to these.
+pub(super) fn rounds() -> bool {
+    ROUNDED.get()
 }
 
 /// The value as an op leaves it.
@@ -102,7 +107,7 @@ fn node<B: Plain, const N: usize>(
     output: Primitive<B>,
     backward: impl Fn(Primitive<B>) -> [Option<Primitive<B>>; N] + Send + Sync + 'static,
 ) -> Primitive<Autodiff<B>> {
-    let rounds = ROUNDED.get();
+    let rounds = rounds();
     let output = kept::<B>(output, rounds);
     let backward = move |grad| backward(grad).map(|grad| Some(kept::<B>(grad?, rounds)));
     let nodes = parents.each_ref().map(|parent| parent.node.clone());

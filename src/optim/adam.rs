@@ -71,6 +71,12 @@ impl<P: Plain> Adam<P> {
         }
     }
 
+    /// Memory of the size of each moment that does not exist yet.
+    pub(super) fn reserve(&self, out: &mut Vec<Tensor<P, 1>>) {
+        let missing = self.slots.iter().filter(|slot| slot.moments.is_none());
+        out.extend(missing.flat_map(|slot| [slot.param.reserve(), slot.param.reserve()]));
+    }
+
     /// Sets the state from what [`Self::state`] gave; a parameter without one starts anew.
     pub(super) fn restore(&mut self, from: &mut OptimizerState<P>) {
         for slot in &mut self.slots {

@@ -1,10 +1,11 @@
-//! Optimizers, their groups and their schedules.
+//! Optimizers, their groups and their schedules, and the step of a model in training.
 
 pub mod adam;
 pub mod averages;
 pub mod muon;
 pub mod schedule;
 pub mod sgd;
+pub mod step;
 
 use crate::model::spec::Spec;
 use crate::model::{AHEAD, EMBEDDING, HEAD, Model};
@@ -224,6 +225,15 @@ impl<P: Plain> Optimizers<P> {
         self.adams.iter().for_each(|adam| adam.state(&mut state));
         self.muon.state(&mut state);
         state
+    }
+
+    /// Memory of the size of the state that does not exist yet: held through the first forward and backward, it lets a
+    /// device's pools grow at once to what all later steps need.
+    pub fn reserve(&self) -> Vec<Tensor<P, 1>> {
+        let mut places = Vec::new();
+        self.adams.iter().for_each(|adam| adam.reserve(&mut places));
+        self.muon.reserve(&mut places);
+        places
     }
 
     /// Sets the whole state; what is missing in it starts anew.

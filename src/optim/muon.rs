@@ -133,6 +133,12 @@ impl<P: Plain> Muon<P> {
         }
     }
 
+    /// Memory of the size of each momentum that does not exist yet.
+    pub(super) fn reserve(&self, out: &mut Vec<Tensor<P, 1>>) {
+        let missing = self.slots.iter().filter(|slot| slot.momentum[0].is_none());
+        out.extend(missing.map(|slot| slot.muon.param.reserve()));
+    }
+
     /// The momentum of each matrix that has one.
     pub(super) fn state(&self, out: &mut OptimizerState<P>) {
         for slot in &self.slots {

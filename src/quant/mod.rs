@@ -12,6 +12,7 @@ pub mod loss;
 pub mod prune;
 pub mod quantile;
 pub mod scheme;
+mod stats;
 pub mod storage;
 pub mod ternary;
 
@@ -19,6 +20,7 @@ pub use exports::{Context, Export, Hessians, quantize_by};
 pub use loss::{TensorLoss, losses};
 pub use prune::{Candidates, Cost};
 pub use scheme::Scheme;
+pub use stats::Stats;
 pub use storage::{PartSpec, QuantTensor, Storage};
 
 use crate::error::{Error, Result};
@@ -85,41 +87,4 @@ fn to_f16(part: &str, shape: &[usize], values: &[f32], tensor: &str) -> Result<H
         bytes.extend_from_slice(&half.to_le_bytes());
     }
     Ok(HostTensor { name: part.into(), shape: shape.to_vec(), dtype: HostType::F16, bytes })
-}
-
-/// What the challenge's exporter counts over a state dict.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Elements of all tensors.
-    pub param_count: usize,
-    /// Tensors.
-    pub num_tensors: usize,
-    /// Tensors that became integer codes (the challenge's `num_float_tensors`; PR #1994 does not count ternary ones).
-    pub num_float_tensors: usize,
-    /// Tensors that are not floats.
-    pub num_nonfloat_tensors: usize,
-    /// Bytes of all tensors in their original element types.
-    pub baseline_tensor_bytes: usize,
-    /// Bytes of all stored parts that count ([`Storage::payload_bytes`]; the challenge's `int8_payload_bytes`).
-    pub payload_bytes: usize,
-}
-
-impl Stats {
-    /// Counts a quantised model.
-    pub fn of(tensors: &[QuantTensor]) -> Self {
-        let mut stats = Self { num_tensors: tensors.len(), ..Self::default() };
-        for tensor in tensors {
-            let numel: usize = tensor.shape.iter().product();
-            stats.param_count += numel;
-            stats.baseline_tensor_bytes += numel * tensor.original.size();
-            stats.payload_bytes += tensor.payload_bytes();
-            let is_integer = tensor.storage.is_coded() && !matches!(tensor.storage, Storage::Ternary(_));
-            stats.num_float_tensors += usize::from(is_integer);
-            stats.num_nonfloat_tensors += usize::from(matches!(
-                tensor.original,
-                HostType::I8 | HostType::I32 | HostType::I64 | HostType::U8
-            ));
-        }
-        stats
-    }
 }

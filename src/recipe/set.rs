@@ -80,19 +80,26 @@ pub(super) fn parse_text(kind: Kind, text: &str) -> Option<Value> {
         Kind::Layers => {
             let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
             let items = inner.split(',').map(str::trim).filter(|item| !item.is_empty());
-            let ranges: Option<Vec<Vec<usize>>> = items.map(layer_range).collect();
-            Some(Value::Layers(ranges?.concat()))
+            let mut layers = Vec::new();
+            for item in items {
+                let (first, last) = layer_range(item)?;
+                // Before they are listed: a megabyte of long ranges would be 64 GB.
+                (last - first < LONGEST_STACK - layers.len()).then_some(())?;
+                layers.extend(first..=last);
+            }
+            Some(Value::Layers(layers))
         }
     }
 }
 
-/// One layer, or a range of them: `3`, or `0-11`.
-fn layer_range(text: &str) -> Option<Vec<usize>> {
-    /// A range longer than any stack is no list of layers.
-    const LONGEST: usize = 1 << 16;
+/// A text that names more layers than any stack has is no list of layers.
+const LONGEST_STACK: usize = 1 << 16;
+
+/// One layer, or a range of them, by its first and last: `3`, or `0-11`.
+fn layer_range(text: &str) -> Option<(usize, usize)> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
-    let (first, last): (usize, usize) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-    (first <= last && last - first < LONGEST).then(|| (first..=last).collect())
+    let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    (first <= last).then_some((first, last))
 }
 
 /// A TOML value as a key of this kind takes it.

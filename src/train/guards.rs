@@ -4,10 +4,6 @@ use crate::error::{Error, Result};
 use crate::host::{HostTensor, HostType};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What to do about a run that diverged.
-const EXPECTED: &str =
-    "finite numbers (go on from the last checkpoint, or start anew with lower learning rates)";
-
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Asks every run of this process to finish its step, save and stop (a first Ctrl-C).
@@ -25,14 +21,6 @@ pub fn check_interrupt(place: &str) -> Result<()> {
     if interrupted() { Err(Error::Interrupted { place: place.to_string() }) } else { Ok(()) }
 }
 
-/// Refuses a loss that is not finite; `what` names it, `step` is the step that it belongs to.
-pub fn check_finite(what: &str, loss: f64, step: usize) -> Result<()> {
-    if loss.is_finite() {
-        return Ok(());
-    }
-    Err(Error::failed(format!("{what} is {loss}"), format!("step {step}"), EXPECTED))
-}
-
 /// Refuses parameters that are not finite, so that no checkpoint holds them; `step` made them.
 pub fn check_finite_params(params: &[HostTensor], step: usize) -> Result<()> {
     let is_finite = |tensor: &&HostTensor| match tensor.dtype {
@@ -43,10 +31,6 @@ pub fn check_finite_params(params: &[HostTensor], step: usize) -> Result<()> {
     };
     match params.iter().find(|tensor| !is_finite(tensor)) {
         None => Ok(()),
-        Some(tensor) => Err(Error::failed(
-            format!("parameter {} is not finite", tensor.name),
-            format!("step {step}"),
-            EXPECTED,
-        )),
+        Some(tensor) => Err(Error::diverged(format!("parameter {} is not finite", tensor.name), step)),
     }
 }

@@ -1,12 +1,13 @@
-//! Training: the step, the run around it, its checkpoints, log and guards.
+//! Training: the run around the steps, its checkpoints, log and guards.
 
 pub mod checkpoint;
 pub mod guards;
 pub mod log;
+pub mod options;
 mod resume;
 pub mod run;
 pub mod session;
-pub mod step;
 pub mod tensors_file;
 
-pub use session::{Options, Status, Summary, train};
+pub use options::{Options, Status, Summary};
+pub use session::train;

@@ -1,11 +1,11 @@
 //! What a resumed run must have in common with the one that it continues, and its state put back.
 
 use super::checkpoint::{DataSource, Progress};
-use super::step::Trainer;
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::model::params;
 use crate::ops::Plain;
+use crate::optim::step::Trainer;
 use crate::optim::{OptimizerState, state_of};
 use crate::recipe::{Recipe, keys};
 

@@ -1,8 +1,8 @@
 //! The run: warm-up, steps, validation, logs, checkpoints, and the ways to stop (spec/challenge.md section 4).
 
 use super::checkpoint::{self, Checkpoint, DataSource, Progress};
-use super::log::{Echo, Metric, Metrics, RunLog, lines, logs_step};
-use super::step::{Span, Trainer};
+use super::log::{Metric, Metrics, RunLog, lines, logs_step};
+use super::options::{Options, Status, Summary};
 use super::{guards, resume, run, tensors_file};
 use crate::backend::{self, Job, Target};
 use crate::data::byte_table::ByteTable;
@@ -15,92 +15,20 @@ use crate::host::HostTensor;
 use crate::model::{self, Model, params};
 use crate::ops::Plain;
 use crate::optim::schedule;
+use crate::optim::step::{Span, Trainer, check_finite};
 use crate::recipe::Recipe;
 use crate::report::curve;
-use serde::Serializer;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// What to train, on what, and where to leave it.
-pub struct Options {
-    /// The resolved recipe.
-    pub recipe: Recipe,
-    /// The folder of shards.
-    pub data: PathBuf,
-    /// The shards' tokenizer.
-    pub tokenizer: Tokenizer,
-    /// How the tokenizer was named (`byte`, or a path), for the log.
-    pub tokenizer_name: String,
-    /// The run's folder.
-    pub out: PathBuf,
-    /// Go on from the newest checkpoint in this folder.
-    pub resume: Option<PathBuf>,
-    /// Tokens of one forward and backward at most; the whole span if absent.
-    pub micro_batch: Option<usize>,
-    /// Steps between checkpoints; 0 saves only at the end and when interrupted.
-    pub save_every: usize,
-    /// Where the log's lines are shown.
-    pub echo: Echo,
-    /// Where warnings are shown, a line each; they are in the log too.
-    pub warn: Echo,
-}
-
-/// How far a run is, for a progress bar.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Status {
-    /// Completed steps.
-    pub step: usize,
-    /// Steps of the run (if no wallclock cap ends it sooner).
-    pub iterations: usize,
-    /// Loss of the last step in nats.
-    pub train_loss: f64,
-    /// The last validation's bits per byte; NaN before the first.
-    pub val_bpb: f64,
-    /// Training tokens per second.
-    pub tokens_per_s: f64,
-    /// Estimated seconds to the end.
-    pub left_s: f64,
-    /// How much of the run is done, 0 to 1.
-    pub fraction: f64,
-}
-
-/// What a run reached.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Summary {
-    /// Completed optimizer steps.
-    pub steps: usize,
-    /// Mean loss of the last step in nats.
-    pub train_loss: Option<f64>,
-    /// Validation loss in nats per token at the end.
-    pub val_loss: f64,
-    /// Validation bits per byte at the end.
-    pub val_bpb: f64,
-    /// Training tokens per second, validation left out.
-    pub tokens_per_s: Option<f64>,
-    /// Mean time of a step in milliseconds.
-    pub step_ms: Option<f64>,
-    /// Seconds from the start of the run to its first finished step.
-    pub first_step_s: Option<f64>,
-    /// Most device memory held, in bytes: on a GPU the pools, which grow to the peak of use.
-    pub peak_memory_bytes: Option<u64>,
-    /// The run's folder.
-    #[serde(serialize_with = "lossy")]
-    pub out: PathBuf,
-}
-
-/// A path as text: a name that is not UTF-8 is no reason to lose a report.
-fn lossy<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    serializer.collect_str(&path.display())
-}
 
 /// Trains on the target device. `observe` is told of every step.
 ///
 /// On an interrupt the step is finished and a checkpoint saved before [`Error::Interrupted`] is returned.
 pub fn train(options: Options, target: &Target, observe: &mut dyn FnMut(&Status)) -> Result<Summary> {
     model::check(&options.recipe)?;
-    let micro_batch = micro_sequences(&options)? * options.recipe.train_seq_len;
+    let micro_batch = options.micro_sequences()? * options.recipe.train_seq_len;
     let job = TrainJob { options, observe, started: Instant::now() };
     let trained = backend::guard(target, || backend::run(target, job));
     trained.map_err(|error| {
@@ -113,20 +41,6 @@ pub fn train(options: Options, target: &Target, observe: &mut dyn FnMut(&Status)
             format!("a micro-batch that fits: try --micro-batch {}", micro_batch.div_ceil(2)),
         )
     })
-}
-
-/// Sequences of one forward and backward.
-fn micro_sequences(options: &Options) -> Result<usize> {
-    let (span, time) = (options.recipe.span_tokens(), options.recipe.train_seq_len);
-    let tokens = options.micro_batch.unwrap_or(span);
-    if tokens < time {
-        return Err(Error::input(
-            format!("micro-batch of {tokens} tokens"),
-            "--micro-batch",
-            format!("at least one sequence of train_seq_len={time} tokens"),
-        ));
-    }
-    Ok(tokens.min(span) / time)
 }
 
 struct TrainJob<'a> {
@@ -182,7 +96,7 @@ struct Session<'a, P: Plain> {
 
 impl<'a, P: Plain> Session<'a, P> {
     fn open(options: Options, device: &P::Device, target: &'a Target, started: Instant) -> Result<Self> {
-        let micro_sequences = micro_sequences(&options)?;
+        let micro_sequences = options.micro_sequences()?;
         let Options { recipe, out, mut warn, tokenizer, .. } = options;
         let folder = DataFolder::open(&options.data)?;
         folder.check_tokenizer(&tokenizer)?;
@@ -420,7 +334,7 @@ impl<'a, P: Plain> Session<'a, P> {
             other => other?,
         };
         self.trainer.set_quantised(training);
-        guards::check_finite("validation loss", score.val_loss, self.step)?;
+        check_finite("validation loss", score.val_loss, self.step)?;
         self.note_memory();
         let (loss, bpb) = (score.val_loss, score.val_bpb);
         self.log.line(&match averaged {

@@ -1,9 +1,10 @@
-//! A small model as an artifact, with every storage in it, for the artifact's tests.
+//! Small models as artifacts, for the artifact's tests.
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use fairway::artifact::{Artifact, ByteTableSection, PieceRow};
 use fairway::host::{HostTensor, HostType};
-use fairway::quant::{CONTROL_PATTERNS, Scheme, quantize};
+use fairway::quant::ternary::Packing;
+use fairway::quant::{CONTROL_PATTERNS, QuantTensor, Scheme, Storage, quantize};
 
 /// A seeded generator (xorshift64*), so that every run tests the same.
 pub struct Rng(pub u64);
@@ -68,7 +69,7 @@ pub fn vocabulary() -> (ByteTableSection, Vec<PieceRow>) {
     (table, pieces)
 }
 
-/// An artifact with every storage and element type in it.
+/// An artifact of the challenge's own export: int8 codes, kept floats, integers, shapes of all sorts.
 pub fn sample() -> Artifact {
     let mut rng = Rng(7);
     let mut tensors = vec![
@@ -99,4 +100,53 @@ pub fn sample() -> Artifact {
         pieces,
         tensors: quantize(Scheme::Int8, &tensors, &CONTROL_PATTERNS.map(String::from)).unwrap(),
     }
+}
+
+/// A tensor stored in a form, with codes that the form has and scales of 0.5 to 1.
+pub fn stored(rng: &mut Rng, storage: Storage, original: HostType, shape: &[usize]) -> QuantTensor {
+    let name = format!("{}.{}x{}", storage.label().replace('/', "."), shape[0], shape[1]);
+    let parts = storage.parts(original, shape, &name, "test").unwrap().into_iter().map(|spec| {
+        let limit: usize = match storage {
+            Storage::IntRow(bits) | Storage::IntTensor(bits) => 1 << (bits - 1),
+            _ => 128,
+        };
+        let count = spec.bytes / spec.dtype.size();
+        let bytes = match (storage, spec.name) {
+            (Storage::Ternary(packing), "codes") => {
+                let codes: Vec<i8> = (0..shape.iter().product()).map(|_| rng.below(3) as i8 - 1).collect();
+                packing.pack(&codes)
+            }
+            (_, "codes") => (0..count).map(|_| (rng.below(2 * limit) as i32 - limit as i32) as u8).collect(),
+            _ => {
+                let values = (0..count).map(|_| 0.5 + rng.below(1 << 10) as f64 / 2048.0);
+                values.flat_map(|value| little_endian(value, spec.dtype)).collect()
+            }
+        };
+        HostTensor { name: spec.name.into(), shape: spec.shape, dtype: spec.dtype, bytes }
+    });
+    QuantTensor { parts: parts.collect(), name, shape: shape.to_vec(), original, storage }
+}
+
+/// A number between 0.5 and 1 with at most 10 bits, as bytes of a float type.
+fn little_endian(value: f64, dtype: HostType) -> Vec<u8> {
+    match dtype {
+        HostType::F64 => value.to_le_bytes().to_vec(),
+        HostType::F32 => (value as f32).to_le_bytes().to_vec(),
+        // The exponent of 0.5, and the bits behind the leading one.
+        HostType::F16 => (14u16 << 10 | ((value - 0.5) * 2048.0) as u16).to_le_bytes().to_vec(),
+        dtype => panic!("no scale is of {dtype:?}"),
+    }
+}
+
+/// The [`sample`], and a matrix in each other storage.
+pub fn every_storage() -> Artifact {
+    let mut rng = Rng(17);
+    let mut artifact = sample();
+    let originals = [HostType::F32, HostType::BF16, HostType::F16, HostType::F64];
+    let packings = [Packing::TwoBits, Packing::FiveTrits].map(Storage::Ternary);
+    let storages = (2..=7).flat_map(|bits| [Storage::IntRow(bits), Storage::IntTensor(bits)]).chain(packings);
+    for (storage, original) in storages.zip(originals.into_iter().cycle()) {
+        artifact.tensors.push(stored(&mut rng, storage, original, &[6, 37]));
+    }
+    artifact
 }

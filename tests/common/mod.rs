@@ -48,6 +48,27 @@ pub fn all_pass<J: Job<Output = bool>>(job: impl Fn() -> J) {
     assert!(failed.is_empty(), "beyond the tolerance on {failed:?}");
 }
 
+/// The most work of a case that is to run: FAIRWAY_TEST_MOST, where that is set.
+fn most() -> Option<usize> {
+    let most = std::env::var("FAIRWAY_TEST_MOST").ok()?;
+    Some(most.parse().unwrap_or_else(|_| panic!("FAIRWAY_TEST_MOST is {most:?}, expected a whole number")))
+}
+
+/// Whether a case of so much work is to run: always, but under FAIRWAY_TEST_MOST=N only with N at most, and otherwise a
+/// line `skipped: ...`. Work is what a test counts: the multiply-adds of its case's largest product, or the elements of
+/// its largest tensor. The variable is for compute-sanitizer, under which a kernel takes 100 to 1000 times as long
+/// (`.ci/gpu`, whose limit is 3,000,000): of each kernel, cases with tails and with several tiles are within that.
+pub fn affordable(work: usize) -> bool {
+    let Some(most) = most().filter(|most| work > *most) else { return true };
+    println!("skipped: a case of {work} multiply-adds or elements: more than FAIRWAY_TEST_MOST={most}");
+    false
+}
+
+/// How often a case is repeated for the same bits: twice, under FAIRWAY_TEST_MOST once.
+pub fn repeats() -> usize {
+    if most().is_some() { 1 } else { 2 }
+}
+
 /// A tensor on a device: in f64, or through f32.
 pub fn upload_as<B: Plain, const D: usize>(
     values: &[f64],

@@ -67,10 +67,12 @@ pub struct Case {
     pub starts: Vec<i64>,
 }
 
-/// The gradients of q, k and v, and of the gain with the root of the sum of its terms' squares.
+/// The gradients of q, k and v, and of the gain with what each token's head adds to it, `[b, t, h]`, and the root of the
+/// sum of its terms' squares.
 pub struct Results {
     pub grads: [Vec<f64>; 3],
     pub gain: Vec<f64>,
+    pub gain_parts: Vec<f64>,
     pub gain_scale: Vec<f64>,
 }
 
@@ -181,8 +183,10 @@ impl Case {
         let [of_q, of_k, of_v] =
             grads.map(|grad| -> Vec<f64> { grad.into_iter().map(|x| on.narrow(x)).collect() });
         let (mut gain, mut squares) = (vec![0.0; heads], vec![0.0; heads]);
+        let mut gain_parts = vec![0.0; batch * time * heads];
         for (i, (y, grad)) in turned_q.iter().zip(&of_q).enumerate() {
             gain[i / size % heads] += on.narrow(y * grad);
+            gain_parts[i / size] += on.narrow(y * grad);
             squares[i / size % heads] += (y * grad) * (y * grad);
         }
         let back = |which: usize, grads: &[f64]| -> Vec<f64> {
@@ -197,6 +201,6 @@ impl Case {
             .collect()
         };
         let grads = [back(0, &of_q), back(1, &of_k), of_v];
-        Results { grads, gain, gain_scale: squares.into_iter().map(f64::sqrt).collect() }
+        Results { grads, gain, gain_parts, gain_scale: squares.into_iter().map(f64::sqrt).collect() }
     }
 }

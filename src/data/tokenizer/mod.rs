@@ -4,6 +4,7 @@
 
 mod bpe;
 mod byte;
+mod hash;
 mod model_file;
 mod normalizer;
 mod prefix;

@@ -1,18 +1,21 @@
-//! One optimizer step: gradients accumulated over the spans of the stream, then one update.
+//! One training step: gradients accumulated over the spans of the stream, then one update.
 
-use super::guards::check_finite;
-use crate::error::Result;
-use crate::eval::ids_tensor;
+use super::averages::Averages;
+use super::{Optimizers, Rounding};
+use crate::error::{Error, Result};
 use crate::host::HostTensor;
-use crate::model::{Model, params};
+use crate::model::{Model, ids_tensor, params};
 use crate::ops::{Plain, accumulate_type};
-use crate::optim::averages::Averages;
-use crate::optim::{Optimizers, Rounding};
 use crate::recipe::Recipe;
 use burn::tensor::Tensor;
 
 /// One span of the token stream: inputs and, one further, targets.
 pub type Span = (Vec<u16>, Vec<u16>);
+
+/// Refuses a loss that is not finite; `what` names it, `step` is the step that it belongs to.
+pub fn check_finite(what: &str, loss: f64, step: usize) -> Result<()> {
+    if loss.is_finite() { Ok(()) } else { Err(Error::diverged(format!("{what} is {loss}"), step)) }
+}
 
 /// A model in training.
 pub struct Trainer<P: Plain> {
@@ -90,8 +93,10 @@ impl<P: Plain> Trainer<P> {
     /// in which case nothing is updated.
     pub fn step(&mut self, spans: &[Span], lr_mul: f64, muon_momentum: f64, step: usize) -> Result<f64> {
         self.set_quantised(self.quantised);
+        let places = self.optimizers.reserve();
         let loss = self.accumulate(spans)?;
         check_finite("training loss", loss, step)?;
+        drop(places);
         self.optimizers.step(lr_mul, muon_momentum);
         self.averages.update(step, lr_mul);
         Ok(loss)

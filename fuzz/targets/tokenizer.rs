@@ -1,0 +1,4 @@
+//! See [`fairway_fuzz::hostile::tokenizer`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fairway_fuzz::hostile::tokenizer(input));
