@@ -8,7 +8,7 @@ use crate::host::HostTensor;
 use crate::model;
 use crate::model::plan::{Bank, Plan};
 use crate::ops::weight_form::WeightForm;
-use crate::quant::{Context, Export, Hessians, QuantTensor, Scheme, TensorLoss, losses, quantize_by};
+use crate::quant::{Context, Cost, Export, Hessians, QuantTensor, Scheme, TensorLoss, losses, quantize_by};
 use crate::recipe::{PR1382, PR1607, PR1994, Recipe};
 
 /// Everything that scoring and sampling need of a model, in host memory.
@@ -86,6 +86,16 @@ impl Prepared {
     /// The Hessians that it was given.
     pub fn hessians(&self) -> &Hessians {
         &self.context.hessians
+    }
+
+    /// The tensors that are quantised, one by one.
+    pub fn params(&self) -> &[HostTensor] {
+        &self.params
+    }
+
+    /// By what its codes are pruned to fit a budget: PR #1382 as written has a rule of its own.
+    pub fn cost(&self) -> Cost {
+        if self.export == Export::Pr1382 { Cost::Step } else { Cost::Error }
     }
 
     /// The quantised tensors, and everything else that the model needs, beside them.

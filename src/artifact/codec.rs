@@ -23,8 +23,9 @@ pub const LZMA_DICT_MAX: u32 = 64 << 20;
 /// The largest zstd window that is written or accepted, as a power of two (128 MiB).
 pub const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// Bytes of a block before compression.
-pub const BLOCK_BYTES: usize = 1 << 20;
+/// Bytes of a block before compression. Against blocks of 4 MiB, on Gaussian codes of 3 and 6 bits: brotli 0.00 to +0.03 %, in half
+/// of its time even on one core, lzma -0.06 to 0.00 % as it arranges them, zstd +0.03 to +0.08 %.
+pub const BLOCK_BYTES: usize = 1 << 19;
 
 /// What `--codec` takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,12 +1,10 @@
 //! Fitting an artifact into a budget of bytes: another codec if that is enough, else pruned codes
 //! ([`crate::quant::prune`]), as few as a search by [`STEPS`] steps finds.
 
-use super::tensor_table::arrange;
 use super::{Artifact, Codec, Sizes};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
 use crate::quant::{Candidates, Cost, Hessians};
-use crate::recipe::{PR1382, Recipe};
 use std::collections::BTreeMap;
 
 /// The codecs that are tried where none is asked for, in this order.
@@ -30,11 +28,6 @@ pub struct Limit<'a> {
     pub hessians: &'a Hessians,
     /// By what codes are pruned.
     pub cost: Cost,
-}
-
-/// By what a recipe's codes are pruned: PR #1382 as written has its own rule.
-pub fn cost_of(recipe: &Recipe) -> Cost {
-    if recipe.as_written && recipe.system == PR1382 { Cost::Step } else { Cost::Error }
 }
 
 /// What was pruned.
@@ -87,21 +80,20 @@ pub fn fit(
     let room = limit.budget.saturating_sub(limit.code_bytes);
     let all = CODECS.to_vec();
     let mut tried = Vec::new();
-    let mut best: Option<(Codec, Vec<super::Arrangement>, Vec<u8>, Sizes)> = None;
+    let mut best: Option<(Codec, Vec<u8>, Sizes)> = None;
     for codec in limit.codec.map_or(all, |codec| vec![codec]) {
-        let arrangements = arrange(&artifact.tensors, codec)?;
-        let (file, sizes) = artifact.pack_arranged(codec, &arrangements)?;
+        let (file, sizes) = artifact.pack(codec)?;
         progress(&format!("{codec}: {} bytes", sizes.bytes))?;
         tried.push((codec, sizes.bytes));
         let fits = sizes.bytes <= room;
         if best.as_ref().is_none_or(|(.., least)| sizes.bytes < least.bytes) {
-            best = Some((codec, arrangements, file, sizes));
+            best = Some((codec, file, sizes));
         }
         if fits {
             break;
         }
     }
-    let Some((codec, arrangements, file, sizes)) = best else { unreachable!("at least one codec is tried") };
+    let Some((codec, file, sizes)) = best else { unreachable!("at least one codec is tried") };
     if sizes.bytes <= room {
         return Ok(Fitted { artifact, codec, file, sizes, tried, pruned: None });
     }
@@ -114,7 +106,8 @@ pub fn fit(
             notes: note(&artifact, count, candidates.len()),
             ..artifact.clone()
         };
-        let (file, sizes) = pruned.pack_arranged(codec, &arrangements)?;
+        // Arranged anew: codes of many zeros lose by digits, whose low bits lie apart from the high ones.
+        let (file, sizes) = pruned.pack(codec)?;
         progress(&format!("{codec}, {count} of {} codes pruned: {} bytes", candidates.len(), sizes.bytes))?;
         Ok(Packed { count, artifact: pruned, file, sizes })
     };

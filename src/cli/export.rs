@@ -1,10 +1,11 @@
 //! `fairway export`.
 
 use super::args::DeviceArgs;
+use super::fitting::{self, Packing, Written};
 use super::source::Source;
 use super::{calibration, export_loss, output};
 use crate::artifact::assemble::{Contents, Prepared};
-use crate::artifact::{Budget, Codec};
+use crate::artifact::{Artifact, Budget, Codec};
 use crate::error::{Error, Result};
 use crate::quant::{Scheme, TensorLoss};
 use crate::train::log::lines;
@@ -13,16 +14,22 @@ use std::path::{Path, PathBuf};
 /// Quantise and pack a run into one self-contained artifact
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  fairway export runs/tiny-1 --codec lzma --out model.fairway\n  \
-    fairway export runs/a --quant gptq-int6 --data data/datasets/fineweb10B_sp1024")]
+    fairway export runs/a --quant gptq-int6 --data data/datasets/fineweb10B_sp1024\n  \
+    fairway export runs/a --quant int6 --budget 16000000")]
 pub struct Args {
     /// The run's folder
     run: PathBuf,
     /// Quantisation: fp16, int8, int6, gptq-intN (N from 2 to 8), ternary
     #[arg(long, value_name = "SCHEME", default_value = "int8")]
     quant: String,
-    /// Compression: brotli, lzma, zstd, zlib
-    #[arg(long, value_name = "CODEC", default_value = "brotli")]
-    codec: String,
+    /// Compression: brotli, lzma, zstd, zlib, xz9 (lzma with all of xz's preset 9, as the PRs have it) [default: brotli; with
+    /// --budget the first that fits, else the smallest]
+    #[arg(long, value_name = "CODEC")]
+    codec: Option<String>,
+    /// The most bytes that artifact and packed source may have together: if no codec is enough, codes of +-1 are pruned, those
+    /// of the least effect first, until it fits
+    #[arg(long, value_name = "BYTES")]
+    budget: Option<u64>,
     /// What GPTQ is calibrated with: text that the model writes itself (so many sequences), or the training shards of a folder
     /// [default: self]
     #[arg(long, value_name = "self[:SEQS]|DIR")]
@@ -60,6 +67,9 @@ pub struct Report {
     losses: Vec<TensorLoss>,
     /// What it costs the model, if there was data.
     bpb: Option<export_loss::Scores>,
+    /// What `--budget` did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fit: Option<fitting::Report>,
     /// The challenge's lines about it.
     #[serde(skip)]
     log: Vec<String>,
@@ -67,7 +77,7 @@ pub struct Report {
 
 pub fn run(args: Args) -> Result<()> {
     let scheme: Scheme = args.quant.parse()?;
-    let codec: Codec = args.codec.parse()?;
+    let packing = Packing::parse(args.codec.as_deref(), args.budget)?;
     let calibrate = calibration::Tokens::parse(args.calibrate.as_deref(), scheme)?;
     let out = args.out.unwrap_or_else(|| args.run.join("model.fairway"));
     let source = load(&args.run)?;
@@ -87,20 +97,25 @@ pub fn run(args: Args) -> Result<()> {
         prepared = prepared.with_hessians(hessians);
         calibration = Some(report);
     }
-    let mut report = Report { calibration, ..write(contents, &prepared, &out, scheme, codec)? };
+    let (report, whole) = write(contents, &prepared, &out, scheme, packing)?;
+    let mut report = Report { calibration, ..report };
     if let (Some(text), Some(target)) = (text, &target) {
-        report.bpb = Some(export_loss::scores(&source, &out, &text, target)?);
+        let scores = export_loss::scores(&source, &out, &text, target)?;
+        if let (Some(fit), Some(whole)) = (&mut report.fit, &whole) {
+            fit.score(whole, scores.artifact, &text, target)?;
+        }
+        report.bpb = Some(scores);
     }
     if args.json {
         return output::json(&report);
     }
-    report.print(scheme, codec, args.verbose);
+    report.print(args.verbose);
     Ok(())
 }
 
 impl Report {
-    fn print(&self, scheme: Scheme, codec: Codec, verbose: bool) {
-        let Self { budget, params, log, out, .. } = self;
+    fn print(&self, verbose: bool) {
+        let Self { budget, params, quant, codec, log, out, .. } = self;
         if let Some(calibration) = &self.calibration {
             calibration.print();
         }
@@ -110,7 +125,7 @@ impl Report {
             &["what", "bytes"],
             &[
                 row("payload before compression", budget.payload_bytes),
-                row(&format!("artifact ({scheme}, {codec})"), budget.bytes),
+                row(&format!("artifact ({quant}, {codec})"), budget.bytes),
                 row("code, packed source", budget.bytes_code),
                 row("code, everything shipped", budget.bytes_code_all),
                 row("total (artifact + packed source)", budget.bytes_total),
@@ -119,6 +134,9 @@ impl Report {
         log.iter().for_each(output::line);
         if let Some(bpb) = &self.bpb {
             bpb.print();
+        }
+        if let Some(fit) = &self.fit {
+            fit.print();
         }
         let verdict = if budget.under_cap { "under" } else { "OVER" };
         output::line(format!("{verdict} the cap of 16000000 bytes; {params} parameters; {}", out.display()));
@@ -136,26 +154,27 @@ fn load(run: &Path) -> Result<Source> {
 pub fn pack(run: &Path, out: &Path, scheme: Scheme, codec: Codec) -> Result<Report> {
     let contents = load(run)?.contents;
     let prepared = Prepared::new(&contents.recipe, &contents.params, scheme)?;
-    write(&contents, &prepared, out, scheme, codec)
+    Ok(write(&contents, &prepared, out, scheme, Packing::by(codec))?.0)
 }
 
+/// Writes the artifact; given back with its report is what it was before codes were pruned, if some were.
 fn write(
     contents: &Contents,
     prepared: &Prepared,
     out: &Path,
     scheme: Scheme,
-    codec: Codec,
-) -> Result<Report> {
+    packing: Packing,
+) -> Result<(Report, Option<Artifact>)> {
     let artifact = prepared.artifact(&contents.tokenizer)?;
+    let Written { artifact, codec, sizes, fit, whole } = packing.write(artifact, prepared, out)?;
     let losses = prepared.losses(&artifact)?;
-    let sizes = artifact.write(out, codec)?;
     let budget = Budget::of(&sizes)?;
     let (quant, codec) = (scheme.to_string(), codec.to_string());
     let float_payload = artifact.stats().baseline_tensor_bytes as u64;
     let raw = sizes.sections.iter().map(|(_, _, raw)| raw).sum();
     let payload = [float_payload, sizes.payload_bytes, raw];
     let log = lines::serialized_quantised(&quant, &codec, sizes.bytes, payload, budget.bytes_code);
-    Ok(Report {
+    let report = Report {
         budget,
         params: contents.params.iter().map(|tensor| tensor.numel()).sum(),
         quant,
@@ -164,6 +183,8 @@ fn write(
         calibration: None,
         losses,
         bpb: None,
+        fit,
         log: log.into(),
-    })
+    };
+    Ok((report, whole))
 }

@@ -6,6 +6,7 @@ use crate::backend::Target;
 use crate::data::folder::DataFolder;
 use crate::data::stream::ValTokens;
 use crate::error::Result;
+use crate::eval::tally::Score;
 use crate::quant::TensorLoss;
 use std::path::Path;
 
@@ -48,7 +49,8 @@ fn size(loss: &TensorLoss) -> f64 {
 #[derive(Debug, serde::Serialize)]
 pub struct Scores {
     live: f64,
-    artifact: f64,
+    /// Of the artifact that was written.
+    pub artifact: f64,
     /// What the artifact has more.
     loss: f64,
     tokens: u64,
@@ -62,11 +64,16 @@ pub fn text(source: &Source, data: &Path) -> Result<ValTokens> {
     Ok(folder.val(recipe.val_seq_len(), recipe.vocab_size)?.limit(TOKENS))
 }
 
+/// Scores one model.
+pub fn score(source: &Source, text: &ValTokens, target: &Target) -> Result<Score> {
+    let batch = source.contents.recipe.val_batch_tokens().min(TOKENS);
+    eval::score(source, text, batch, target)
+}
+
 /// Scores both, the artifact as its file has it.
 pub fn scores(source: &Source, file: &Path, text: &ValTokens, target: &Target) -> Result<Scores> {
-    let batch = source.contents.recipe.val_batch_tokens().min(TOKENS);
-    let live = eval::score(source, text, batch, target)?;
-    let artifact = eval::score(&Source::load(file)?, text, batch, target)?;
+    let live = score(source, text, target)?;
+    let artifact = score(&Source::load(file)?, text, target)?;
     Ok(Scores {
         live: live.val_bpb,
         artifact: artifact.val_bpb,

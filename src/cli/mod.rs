@@ -11,6 +11,7 @@ mod eval;
 mod eval_method;
 mod export;
 mod export_loss;
+mod fitting;
 mod inspect;
 mod output;
 mod parity;

@@ -29,7 +29,13 @@ impl Source {
         }
         let artifact = Artifact::read(path)?;
         let codec = Container::open(path)?.section(Kind::TensorData).codec.to_string();
-        Ok(Self { contents: artifact.contents(&place)?, packing: Some((artifact.quant, codec)), place })
+        Self::of_artifact(&artifact, &codec, &place)
+    }
+
+    /// What an artifact holds that `codec` packs; `place` is the file, for errors.
+    pub fn of_artifact(artifact: &Artifact, codec: &str, place: &str) -> Result<Self> {
+        let packing = Some((artifact.quant.clone(), codec.to_owned()));
+        Ok(Self { contents: artifact.contents(place)?, packing, place: place.to_owned() })
     }
 
     /// The weights for a device.
