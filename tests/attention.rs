@@ -8,7 +8,10 @@
 mod common;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use common::{Random, affordable, all_pass, download, epsilon, repeats, round, same, targets, upload};
+use common::{
+    Random, affordable, all_pass, download, epsilon, errors, repeats, root_mean_square, round, same, targets,
+    upload,
+};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
@@ -229,21 +232,6 @@ impl Case {
     }
 }
 
-/// The root of the mean square and the largest magnitude of errors, and where the largest is.
-fn errors(got: &[f64], exact: &[f64]) -> ([f64; 2], usize) {
-    assert_eq!(got.len(), exact.len());
-    let (mut squares, mut worst, mut at) = (0.0, 0.0, 0);
-    for (i, (got, exact)) in got.iter().zip(exact).enumerate() {
-        let error = (got - exact).abs();
-        squares += error * error;
-        // Not `error > worst`: a NaN is the worst there is, and stays.
-        if !(error <= worst || f64::is_nan(worst)) {
-            (worst, at) = (error, i);
-        }
-    }
-    ([(squares / got.len() as f64).sqrt(), worst], at)
-}
-
 /// Prints the share of the tolerance that a result uses; whether it is within. `low` and `own` are the reference's: with
 /// everything rounded to the precision, and with sums as the CPU adds them in f32.
 fn check(what: &str, got: &[f64], exact: &[f64], [low, own]: [&[f64]; 2], precision: Precision) -> bool {
@@ -253,7 +241,7 @@ fn check(what: &str, got: &[f64], exact: &[f64], [low, own]: [&[f64]; 2], precis
     // What may cancel to nothing has the scale of what it is made of, in bf16 a hundredth: that is summed in f32.
     let least = if precision == Precision::Bf16 { 1e-2 } else { 1.0 };
     let largest = exact.iter().fold(least, |largest: f64, x| largest.max(x.abs()));
-    let size = (exact.iter().map(|x| x * x).sum::<f64>() / exact.len() as f64).sqrt().max(least);
+    let size = root_mean_square(exact).max(least);
     // Half a unit of the largest element; in f64 and f32 sums in another order are off by some units.
     let [of_rms, of_worst] = match precision {
         Precision::Bf16 => [0.125, 0.5],

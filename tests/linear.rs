@@ -9,7 +9,7 @@
 mod common;
 
 use burn::tensor::{DType, Tensor};
-use common::matrix::{Ledger, Matrix, PERIOD, grad, poison};
+use common::matrix::{Ledger, Matrix, PERIOD, grad, poison, through_the_tape};
 use common::{affordable, all_pass, download, repeats, round, targets};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
@@ -472,22 +472,16 @@ fn the_reference_is_the_composition() {
     let device = burn_ndarray::NdArrayDevice::Cpu;
     let precision = Precision::F32;
     let matrix = |rows, columns, seed| Matrix::random(rows, columns, 1.0, precision, seed);
-    let x = matrix(31, 24, 1).upload::<Cpu>(&device, DType::F32);
+    let x = matrix(31, 24, 1);
     let params: Vec<Param<Cpu>> = [[40, 24], [16, 24], [16, 24]]
         .into_iter()
         .zip(2..)
         .map(|([o, i], seed)| matrix(o, i, seed).param::<Cpu>(&format!("w{seed}"), &device, DType::F32))
         .collect();
     let [a, b, c] = &params[..] else { unreachable!("three weights") };
+    let all: Vec<&Param<Cpu>> = params.iter().collect();
     let gradients = |f: &dyn Fn(Tensor<Tape, 2>) -> Tensor<Tape, 2>| {
-        params.iter().for_each(Param::clear_grad);
-        let tracked = Tensor::<Tape, 2>::from_inner(x.clone()).require_grad();
-        let y = f(tracked.clone());
-        let factor = matrix(y.dims()[0], y.dims()[1], 9).upload::<Cpu>(&device, DType::F32);
-        let grads = (y.clone() * Tensor::from_inner(factor)).sum().backward();
-        let mut found = vec![download(y.inner()), download(tracked.grad(&grads).expect("a gradient of x"))];
-        found.extend(params.iter().filter_map(|w| Some(download(w.grad::<2>()?))));
-        found
+        through_the_tape([&x], &all, &matrix(31, 40, 9), |[x]| f(x))
     };
     let join = |[q, k, v]: [Tensor<Tape, 2>; 3]| q * Tensor::cat(vec![k.clone(), v, k.narrow(1, 0, 8)], 1);
     let composed = gradients(&|x| join([a, b, c].map(|w| Tape::project(x.clone(), w))));

@@ -6,7 +6,7 @@
 mod common;
 
 use burn::tensor::{DType, Tensor};
-use common::matrix::{Ledger, Matrix, PERIOD, grad, poison};
+use common::matrix::{Ledger, Matrix, PERIOD, grad, poison, through_the_tape};
 use common::{affordable, all_pass, download, repeats, round};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
@@ -314,16 +314,7 @@ fn the_reference_is_the_composition() {
     let scales = Scale::Row.param::<Cpu>(&case.s, &device, DType::F32);
     let (s, row) = scales.as_ref().map(|(s, row)| (s, *row)).expect("a scale");
     let gradients = |f: &dyn Fn([Tensor<Tape, 2>; 2]) -> Tensor<Tape, 2>| {
-        [&w, s].into_iter().for_each(Param::clear_grad);
-        let tracked = [&case.x, &case.e]
-            .map(|m| Tensor::<Tape, 2>::from_inner(m.upload::<Cpu>(&device, DType::F32)).require_grad());
-        let y = f(tracked.clone());
-        let factor = case.grad_y.upload::<Cpu>(&device, DType::F32);
-        let grads = (y.clone() * Tensor::from_inner(factor)).sum().backward();
-        let mut found = vec![download(y.inner())];
-        found.extend(tracked.map(|m| download(m.grad(&grads).expect("a gradient"))));
-        found.extend([&w, s].into_iter().filter_map(|p| Some(download(p.flat_grad()?))));
-        found
+        through_the_tape([&case.x, &case.e], &[&w, s], &case.grad_y, f)
     };
     let composed = gradients(&|[x, e]| Tape::scaled_add(e, Tape::project(x, &w), s, row));
     assert_eq!(composed.len(), 5);

@@ -6,7 +6,7 @@
 mod common;
 
 use burn::tensor::{DType, Tensor};
-use common::matrix::{Ledger, Matrix, PERIOD, grad, poison};
+use common::matrix::{Ledger, Matrix, PERIOD, grad, poison, through_the_tape};
 use common::{affordable, all_pass, download, repeats, round};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
@@ -417,22 +417,16 @@ fn the_reference_is_the_composition() {
     type Tape = Autodiff<Cpu>;
     let device = burn_ndarray::NdArrayDevice::Cpu;
     let matrix = |rows, columns, seed| Matrix::random(rows, columns, 1.0, Precision::F32, seed);
-    let x = matrix(31, 24, 1).upload::<Cpu>(&device, DType::F32);
+    let x = matrix(31, 24, 1);
     let params: Vec<Param<Cpu>> = [[40, 24], [40, 24], [16, 40]]
         .into_iter()
         .zip(2..)
         .map(|([o, i], seed)| matrix(o, i, seed).param::<Cpu>(&format!("w{seed}"), &device, DType::F32))
         .collect();
     let [a, b, last] = &params[..] else { unreachable!("three weights") };
+    let all: Vec<&Param<Cpu>> = params.iter().collect();
     let gradients = |f: &dyn Fn(Tensor<Tape, 2>) -> Tensor<Tape, 2>| {
-        params.iter().for_each(Param::clear_grad);
-        let tracked = Tensor::<Tape, 2>::from_inner(x.clone()).require_grad();
-        let y = f(tracked.clone());
-        let factor = matrix(y.dims()[0], y.dims()[1], 9).upload::<Cpu>(&device, DType::F32);
-        let grads = (y.clone() * Tensor::from_inner(factor)).sum().backward();
-        let mut found = vec![download(y.inner()), download(tracked.grad(&grads).expect("a gradient of x"))];
-        found.extend(params.iter().filter_map(|w| Some(download(w.grad::<2>()?))));
-        found
+        through_the_tape([&x], &all, &matrix(31, 16, 9), |[x]| f(x))
     };
     for slope in [0.0, 0.5] {
         let composed =

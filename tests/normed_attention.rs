@@ -10,7 +10,8 @@ mod normed_attention_common;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use common::{
-    Random, affordable, all_pass, download, epsilon, repeats, round, same, targets, upload, upload_as,
+    Random, affordable, all_pass, download, epsilon, errors, repeats, root_mean_square, round, same, targets,
+    upload, upload_as,
 };
 use fairway::Result;
 use fairway::backend::{DeviceChoice, Job, Precision, Target, guard, run};
@@ -69,25 +70,6 @@ const LARGE: [Sizes; 33] = [
     plain([1, 130, 1, 1, 128, 128], true),
     plain([1, 140, 4, 2, 32, 32], true),
 ];
-
-/// The root of the mean square and the largest magnitude of errors, and where the largest is.
-fn errors(got: &[f64], exact: &[f64]) -> ([f64; 2], usize) {
-    assert_eq!(got.len(), exact.len());
-    let (mut squares, mut worst, mut at) = (0.0, 0.0, 0);
-    for (i, (got, exact)) in got.iter().zip(exact).enumerate() {
-        let error = (got - exact).abs();
-        squares += error * error;
-        // Not `error > worst`: a NaN is the worst there is, and stays.
-        if !(error <= worst || f64::is_nan(worst)) {
-            (worst, at) = (error, i);
-        }
-    }
-    ([(squares / got.len() as f64).sqrt(), worst], at)
-}
-
-fn root_mean_square(values: &[f64]) -> f64 {
-    (values.iter().map(|x| x * x).sum::<f64>() / values.len().max(1) as f64).sqrt()
-}
 
 /// Prints the share of the tolerance that a result uses; whether it is within.
 fn check(what: &str, got: &[f64], exact: &[f64], low: &[f64], precision: Precision) -> bool {

@@ -2,8 +2,9 @@
 
 use super::{Random, download, epsilon, round, worst};
 use burn::tensor::{DType, Tensor, TensorData};
+use fairway::backend::cpu::Cpu;
 use fairway::backend::{Precision, Target};
-use fairway::ops::{Param, Plain};
+use fairway::ops::{Autodiff, Param, Plain};
 
 /// A matrix on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,6 +89,26 @@ impl Matrix {
 /// A weight's gradient.
 pub fn grad<B: Plain>(w: &Param<B>) -> Vec<f64> {
     download(w.grad::<2>().unwrap_or_else(|| panic!("no gradient of {}", w.name())))
+}
+
+/// What `f` gives on the CPU in f32, and through the tape, its result times `factor`, the gradients of its inputs and of
+/// those parameters that get one.
+pub fn through_the_tape<const N: usize>(
+    inputs: [&Matrix; N],
+    params: &[&Param<Cpu>],
+    factor: &Matrix,
+    f: impl Fn([Tensor<Autodiff<Cpu>, 2>; N]) -> Tensor<Autodiff<Cpu>, 2>,
+) -> Vec<Vec<f64>> {
+    let device = burn_ndarray::NdArrayDevice::Cpu;
+    let upload = |m: &Matrix| Tensor::<Autodiff<Cpu>, 2>::from_inner(m.upload::<Cpu>(&device, DType::F32));
+    params.iter().for_each(|param| param.clear_grad());
+    let tracked = inputs.map(|m| upload(m).require_grad());
+    let y = f(tracked.clone());
+    let grads = (y.clone() * upload(factor)).sum().backward();
+    let mut found = vec![download(y.inner())];
+    found.extend(tracked.map(|x| download(x.grad(&grads).expect("a gradient"))));
+    found.extend(params.iter().filter_map(|param| Some(download(param.flat_grad()?))));
+    found
 }
 
 /// Leaves freed memory full of NaN, so that an element that a kernel does not write shows.

@@ -163,3 +163,23 @@ pub fn worst(got: &[f64], expected: &[f64], columns: usize, scale: impl Fn(usize
     }
     worst
 }
+
+/// The root of the mean square and the largest magnitude of errors, and where the largest is.
+pub fn errors(got: &[f64], exact: &[f64]) -> ([f64; 2], usize) {
+    assert_eq!(got.len(), exact.len());
+    let (mut squares, mut worst, mut at) = (0.0, 0.0, 0);
+    for (i, (got, exact)) in got.iter().zip(exact).enumerate() {
+        let error = (got - exact).abs();
+        squares += error * error;
+        // Not `error > worst`: a NaN is the worst there is, and stays.
+        if !(error <= worst || f64::is_nan(worst)) {
+            (worst, at) = (error, i);
+        }
+    }
+    ([(squares / got.len() as f64).sqrt(), worst], at)
+}
+
+/// The root of the mean square; 0 of nothing.
+pub fn root_mean_square(values: &[f64]) -> f64 {
+    (values.iter().map(|x| x * x).sum::<f64>() / values.len().max(1) as f64).sqrt()
+}
