@@ -24,6 +24,9 @@ use std::collections::BTreeMap;
 const TARGETS: usize = 61;
 const LEN: usize = 6;
 
+/// Steps of this size leave a model of this size as smooth as it was: at 0.003 some steps make 1e-8 of a last bit of f64.
+const ADAM_LR: f64 = 0.0003;
+
 fn options() -> Options {
     Options {
         chunk_tokens: 14,
@@ -174,7 +177,7 @@ fn compare(name: &str, recipe: &Recipe, windows: &[Window], options: Options, fr
             assert!(!still || change == 0.0, "{name}: {} is frozen and moved", param.name());
             moved = moved.max(change);
         }
-        assert!(moved > 1e-3, "{name}: nothing is trained");
+        assert!(moved > options.lr, "{name}: nothing is trained");
     }
 }
 
@@ -191,7 +194,7 @@ fn it_is_one_window_and_one_step_at_a_time() {
     compare("pr1382, frozen", &pr1382(), &as_1382(6), freeze, vec!["blocks.0.", "blocks.1."]);
     let adam = Options {
         rule: Rule::AdamW { weight_decay: 0.01 },
-        lr: 0.003,
+        lr: ADAM_LR,
         cosine: false,
         clip: 0.0,
         epochs: 1,
@@ -299,7 +302,7 @@ impl Job for OnDevice {
             Precision::Bf16 => 0.15,
         };
         let mut good = true;
-        let adam = Options { rule: Rule::AdamW { weight_decay: 0.01 }, lr: 0.003, ..options() };
+        let adam = Options { rule: Rule::AdamW { weight_decay: 0.01 }, lr: ADAM_LR, ..options() };
         for (name, recipe, options) in [("pr1382", pr1382(), options()), ("pr1607", pr1607(), adam)] {
             let list = ttt::windows(Windows::EachOnce, TARGETS, LEN, 3)?;
             let mut slow = Slow { options, frozen: vec![], momenta: BTreeMap::new(), steps: 0 };

@@ -107,12 +107,12 @@ impl Trained {
         self.bpb(&read.contents("the test").unwrap().params)
     }
 
-    fn prepared(&self, bits: u8) -> Prepared {
-        Prepared::new(&self.run.recipe, &self.run.params, Scheme::Gptq(bits)).unwrap()
+    fn prepared(&self, scheme: Scheme) -> Prepared {
+        Prepared::new(&self.run.recipe, &self.run.params, scheme).unwrap()
     }
 
     fn calibrated(&self, bits: u8, calibration: &Calibration) -> Prepared {
-        let prepared = self.prepared(bits);
+        let prepared = self.prepared(Scheme::Gptq(bits));
         let recipe = &self.run.recipe;
         let weights = Weights { recipe, params: &self.run.params, place: "the test" };
         let wanted = |name: &str| prepared.takes_hessian(name);
@@ -142,7 +142,7 @@ fn gptq_of_a_trained_model_beats_rounding_to_nearest() {
     let mut lost = Vec::new();
     for bits in [6, 4] {
         let calibrated = trained.calibrated(bits, &own);
-        let plain = trained.prepared(bits).artifact(&trained.run.tokenizer).unwrap();
+        let plain = trained.prepared(Scheme::Int(bits)).artifact(&trained.run.tokenizer).unwrap();
         let gptq = calibrated.artifact(&trained.run.tokenizer).unwrap();
         assert!(gptq.tensors.iter().filter(|t| t.storage == Storage::IntRow(bits)).count() == 12);
         let by_data = trained.calibrated(bits, &Calibration::Given(read.clone()));

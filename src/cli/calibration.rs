@@ -158,7 +158,7 @@ mod tests {
         for text in ["self:", "self:0", "self:-1", "self:x", "self:65537"] {
             assert_eq!(parse(text, Scheme::Gptq(6)).unwrap_err().exit_code(), 2, "{text}");
         }
-        for scheme in [Scheme::Int8, Scheme::Int6, Scheme::Fp16, Scheme::Ternary] {
+        for scheme in [Scheme::Int8, Scheme::Int(6), Scheme::Fp16, Scheme::Ternary] {
             assert_eq!(parse("self", scheme).unwrap_err().exit_code(), 2, "{scheme}");
         }
     }

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub struct Args {
     /// The run's folder
     run: PathBuf,
-    /// Quantisation: fp16, int8, int6, gptq-intN (N from 2 to 8), ternary
+    /// Quantisation: fp16, int8 (the challenge's), intN, gptq-intN (N from 2 to 8), ternary
     #[arg(long, value_name = "SCHEME", default_value = "int8")]
     quant: String,
     /// Compression: brotli, lzma, zstd, zlib, xz9 (lzma with all of xz's preset 9, as the PRs have it) [default: brotli; with

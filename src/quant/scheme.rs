@@ -14,8 +14,8 @@ pub enum Scheme {
     Int8,
     /// Every float tensor as float16, control tensors as float32.
     Fp16,
-    /// Matrices in codes of 6 bits, by clip search.
-    Int6,
+    /// Matrices in codes of so many bits (2 to 7), by clip search.
+    Int(u8),
     /// Matrices in codes of so many bits (2 to 8), by GPTQ.
     Gptq(u8),
     /// Matrices in ternary codes.
@@ -23,16 +23,15 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// The names that `--quant` takes, N being a number of bits from 2 to 8.
-    pub const NAMES: [&'static str; 5] = ["int8", "fp16", "int6", "gptq-intN", "ternary"];
+    /// The names that `--quant` takes, N being a number of bits from 2 to 8 (`int8` is the challenge's).
+    pub const NAMES: [&'static str; 4] = ["fp16", "intN", "gptq-intN", "ternary"];
 
     /// Our own rules for it (the challenge's for int8).
     pub fn export(self) -> Export {
         match self {
             Self::Int8 => Export::Challenge,
             Self::Fp16 => Export::Fp16,
-            Self::Int6 => Export::Own { bits: 6 },
-            Self::Gptq(bits) => Export::Own { bits: bits.into() },
+            Self::Int(bits) | Self::Gptq(bits) => Export::Own { bits: bits.into() },
             // Smaller than 2 bits each under every codec too: by 0.2 to 0.5 % after brotli, 0.8 to 1.1 % after lzma (2 million codes
             // of Gaussian, Laplace and t3 weights).
             Self::Ternary => Export::OwnTernary(Packing::FiveTrits),
@@ -50,7 +49,7 @@ impl fmt::Display for Scheme {
         match self {
             Self::Int8 => f.write_str("int8"),
             Self::Fp16 => f.write_str("fp16"),
-            Self::Int6 => f.write_str("int6"),
+            Self::Int(bits) => write!(f, "int{bits}"),
             Self::Gptq(bits) => write!(f, "gptq-int{bits}"),
             Self::Ternary => f.write_str("ternary"),
         }
@@ -61,21 +60,25 @@ impl FromStr for Scheme {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let gptq = || -> Option<Self> {
-            let bits: u8 = text.strip_prefix("gptq-int")?.parse().ok()?;
-            BITS.contains(&bits.into()).then_some(Self::Gptq(bits))
+        let bits = |text: Option<&str>| -> Option<u8> {
+            let bits = text?.parse().ok()?;
+            (BITS.contains(&bits) && text == Some(bits.to_string().as_str())).then_some(bits as u8)
         };
-        [Self::Int8, Self::Fp16, Self::Int6, Self::Ternary]
-            .into_iter()
-            .find(|scheme| scheme.to_string() == text)
-            .or_else(gptq)
-            .ok_or_else(|| {
-                Error::input(
-                    format!("unknown quantisation {text:?}"),
-                    "--quant",
-                    format!("one of {} (N from 2 to 8)", Self::NAMES.join(", ")),
-                )
-            })
+        match text {
+            "int8" => Some(Self::Int8),
+            "fp16" => Some(Self::Fp16),
+            "ternary" => Some(Self::Ternary),
+            _ => bits(text.strip_prefix("gptq-int"))
+                .map(Self::Gptq)
+                .or_else(|| bits(text.strip_prefix("int")).map(Self::Int)),
+        }
+        .ok_or_else(|| {
+            Error::input(
+                format!("unknown quantisation {text:?}"),
+                "--quant",
+                format!("one of {} (N from 2 to 8)", Self::NAMES.join(", ")),
+            )
+        })
     }
 }
 
@@ -85,17 +88,16 @@ mod tests {
 
     #[test]
     fn names_are_read_as_they_are_written() {
-        for scheme in
-            [Scheme::Int8, Scheme::Fp16, Scheme::Int6, Scheme::Gptq(2), Scheme::Gptq(8), Scheme::Ternary]
-        {
+        let by_bits = (2..=7).map(Scheme::Int).chain((2..=8).map(Scheme::Gptq));
+        for scheme in by_bits.chain([Scheme::Int8, Scheme::Fp16, Scheme::Ternary]) {
             assert_eq!(scheme.to_string().parse::<Scheme>().unwrap(), scheme);
         }
         for text in
-            ["", "int5", "gptq", "gptq-int", "gptq-int1", "gptq-int9", "gptq-int-6", "INT8", "ternary2"]
+            ["", "int", "int1", "int9", "int06", "int+6", "gptq", "gptq-int9", "gptq-int-6", "INT8", "ternary2"]
         {
             let error = text.parse::<Scheme>().unwrap_err();
             assert_eq!(error.exit_code(), 2);
-            assert!(error.to_string().contains("int8, fp16, int6, gptq-intN, ternary"), "{error}");
+            assert!(error.to_string().contains("fp16, intN, gptq-intN, ternary"), "{error}");
         }
     }
 }
