@@ -218,6 +218,17 @@ fn several_seeds_are_several_runs_whose_submission_is_one_folder() {
     let scored = place.line(&format!("{line} --data data --device cpu")).clean().json();
     let score = place.line("eval sub/model.fairway --data data --device cpu --json").json();
     assert_eq!(scored["val_loss"], score["val_loss"]);
+    // Input that is no good is found before anything is written: an earlier submission stays whole.
+    let whole = place.snapshot("sub");
+    for out in ["sub", "half"] {
+        let line = format!("submission runs/seed-3 --out {out} --data nothing --device cpu");
+        place.line(&line).fails(2, &["nothing"]);
+    }
+    assert!(place.snapshot("sub") == whole && !place.path("half").exists());
+    place.train("other", "--steps 6 --set matrix_lr=0.01").clean();
+    let ran = place.line("submission runs/seed-3 other --out mixed --json");
+    assert!(ran.stderr.contains("other was not trained by the recipe of runs/seed-3"), "{ran:?}");
+    assert!(!place.line("submission runs/seed-3 runs/seed-5 --out two").ok().stderr.contains("recipe"));
     // It trains again from the folder's own recipe.
     place.line("train sub/recipe.toml --data data --device cpu --steps 1 --out again").clean();
     fs::create_dir(place.path("full")).unwrap();
