@@ -173,6 +173,17 @@ fn compare_tests_means_and_applies_the_record_rule() {
     assert!(single["std"].is_null() && single["t"].is_null() && single["p"].is_null());
     assert_eq!(single["record"], false);
     place.line("compare a1 --against nothing").fails(2, &["nothing"]);
+    // A run named twice would narrow the spread.
+    place.line("compare a1 a2 ./a1 --against b3").fails(2, &["./a1 twice", "RUN"]);
+    place.line("compare a1 a2 --against b3 b3").fails(2, &["b3 twice", "--against"]);
+    run("a4", 1.870);
+    let ran = place.line("compare a1 a4 --against b3 --json");
+    assert!(ran.stderr.starts_with("warning: no t-test"), "{ran:?}");
+    run("b4", 1.881);
+    let ran = place.line("compare a1 a4 --against b3 b4 --json");
+    assert!(ran.stderr.contains("without any spread"), "{ran:?}");
+    let certain = ran.json();
+    assert_eq!((&certain["t"], &certain["p"]), (&Value::Null, &0.0.into()));
     place.line("compare a1").fails(2, &["--against"]);
     place.line("compare --against a1").fails(2, &["compare"]);
 }
