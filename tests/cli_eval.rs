@@ -67,6 +67,15 @@ fn training_on_what_is_scored_helps_and_says_when_there_is_nothing_to_train_on()
     let ran = place.line("eval run --data data --device cpu --json --mode ttt --stride 16");
     assert!(ran.stderr.contains("one chunk of --ttt-chunk 32768"), "{ran:?}");
     assert_eq!(ran.json()["val_loss"], plain["val_loss"]);
+    for (more, warning) in [
+        ("--ttt-chunk 8", "--ttt-chunk 8 is no whole window of 16 tokens"),
+        ("--ttt-low-rank 2 --ttt-chunk 4096", "no document is longer than --ttt-chunk 4096"),
+    ] {
+        let ran =
+            place.line(&format!("eval run --data data --device cpu --json --mode ttt --stride 16 {more}"));
+        assert!(ran.stderr.contains(warning), "{ran:?}");
+        assert!((number(&ran.json(), "val_loss") - number(&plain, "val_loss")).abs() < 1e-6, "{more}");
+    }
 }
 
 #[test]
@@ -118,6 +127,8 @@ fn options_that_do_not_go_together_are_refused() {
         ("--mode ttt --stateful", &["--stateful", "--mode full"]),
         ("--streams 2", &["--streams", "--stateful"]),
         ("--stateful --streams 0", &["0 streams", "--streams"]),
+        ("--stateful --streams 5", &["5 streams of 16", "--streams", "at most 4", "--micro-batch 64"]),
+        ("--mode ttt --windows pr1607 --stride 8", &["--stride", "side by side"]),
         ("--temperature 0", &["temperature 0", "--temperature"]),
         ("--temperature -1", &["--temperature"]),
         ("--temperature nan", &["--temperature"]),

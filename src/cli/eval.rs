@@ -67,7 +67,9 @@ pub fn run(args: Args) -> Result<()> {
     if !args.json {
         DeviceArgs::announce(&target);
     }
-    args.method.warnings(recipe, &method, val.tokens().len() - 1)?.iter().for_each(|line| output::warn(line));
+    if let Some(warning) = args.method.warning(recipe, &method, val.tokens())? {
+        output::warn(&warning);
+    }
     let score = score_by(&source, &val, &method, &target)?;
     if args.json {
         return output::json(&serde_json::json!({
