@@ -112,7 +112,7 @@ impl MethodArgs {
         }
         if !(self.temperature > 0.0 && self.temperature <= 1e6) {
             let what = format!("temperature {}", self.temperature);
-            return Err(Error::input(what, "--temperature", "a number above 0"));
+            return Err(Error::input(what, "--temperature", "a number above 0, at most 1000000"));
         }
         // Each with whether it is given, and whether it is of the training of the full weights alone.
         let training = [
