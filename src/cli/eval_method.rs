@@ -5,7 +5,7 @@ use crate::eval::low_rank;
 use crate::eval::method::{Method, Walk};
 use crate::eval::sliding::Pass;
 use crate::eval::ttt::{self, Rule};
-use crate::eval::windows::Windows;
+use crate::eval::windows::{Windows, check_stride};
 use crate::model::plan::Plan;
 use crate::recipe::Recipe;
 
@@ -149,10 +149,7 @@ impl MethodArgs {
             Mode::Full => seq_len,
             _ => self.stride.unwrap_or_else(|| seq_len.min(common)),
         };
-        if !(1..=seq_len).contains(&stride) {
-            let expected = format!("1 to the {seq_len} tokens of a window");
-            return Err(Error::input(format!("stride {stride}"), "--stride", expected));
-        }
+        check_stride(seq_len, stride)?;
         let walk = match mode {
             Mode::Ttt if self.ttt_low_rank.is_some() => Walk::LowRank(self.low_rank(stride, bos)?),
             Mode::Ttt => Walk::Training { windows, stride, options: self.training(windows, seq_len)? },
