@@ -282,6 +282,7 @@ fn tokenizers() {
             (&format!("{base} --data data --set vocab_size=100"), 2, &["100"]),
             ("eval run --data other --device cpu", 2, &["other", "sentencepiece", "byte"]),
             ("eval model.fairway --data other --device cpu", 2, &["other", "sentencepiece", "byte"]),
+            ("submission run --out x --data other --device cpu", 2, &["other", "sentencepiece", "byte"]),
             ("data pack data-0.txt --tokenizer noise.model --out x", 2, &["noise.model"]),
             ("data pack data-0.txt --tokenizer nothing.model --out x", 2, &["nothing.model"]),
         ],

@@ -67,6 +67,15 @@ fn training_on_what_is_scored_helps_and_says_when_there_is_nothing_to_train_on()
     let ran = place.line("eval run --data data --device cpu --json --mode ttt --stride 16");
     assert!(ran.stderr.contains("one chunk of --ttt-chunk 32768"), "{ran:?}");
     assert_eq!(ran.json()["val_loss"], plain["val_loss"]);
+    for (more, warning) in [
+        ("--ttt-chunk 8", "--ttt-chunk 8 is no whole window of 16 tokens"),
+        ("--ttt-low-rank 2 --ttt-chunk 4096", "no document is longer than --ttt-chunk 4096"),
+    ] {
+        let ran =
+            place.line(&format!("eval run --data data --device cpu --json --mode ttt --stride 16 {more}"));
+        assert!(ran.stderr.contains(warning), "{ran:?}");
+        assert!((number(&ran.json(), "val_loss") - number(&plain, "val_loss")).abs() < 1e-6, "{more}");
+    }
 }
 
 #[test]
@@ -118,6 +127,8 @@ fn options_that_do_not_go_together_are_refused() {
         ("--mode ttt --stateful", &["--stateful", "--mode full"]),
         ("--streams 2", &["--streams", "--stateful"]),
         ("--stateful --streams 0", &["0 streams", "--streams"]),
+        ("--stateful --streams 5", &["5 streams of 16", "--streams", "at most 4", "--micro-batch 64"]),
+        ("--mode ttt --windows pr1607 --stride 8", &["--stride", "side by side"]),
         ("--temperature 0", &["temperature 0", "--temperature"]),
         ("--temperature -1", &["--temperature"]),
         ("--temperature nan", &["--temperature"]),
@@ -173,6 +184,17 @@ fn compare_tests_means_and_applies_the_record_rule() {
     assert!(single["std"].is_null() && single["t"].is_null() && single["p"].is_null());
     assert_eq!(single["record"], false);
     place.line("compare a1 --against nothing").fails(2, &["nothing"]);
+    // A run named twice would narrow the spread.
+    place.line("compare a1 a2 ./a1 --against b3").fails(2, &["./a1 twice", "RUN"]);
+    place.line("compare a1 a2 --against b3 b3").fails(2, &["b3 twice", "--against"]);
+    run("a4", 1.870);
+    let ran = place.line("compare a1 a4 --against b3 --json");
+    assert!(ran.stderr.starts_with("warning: no t-test"), "{ran:?}");
+    run("b4", 1.881);
+    let ran = place.line("compare a1 a4 --against b3 b4 --json");
+    assert!(ran.stderr.contains("without any spread"), "{ran:?}");
+    let certain = ran.json();
+    assert_eq!((&certain["t"], &certain["p"]), (&Value::Null, &0.0.into()));
     place.line("compare a1").fails(2, &["--against"]);
     place.line("compare --against a1").fails(2, &["compare"]);
 }
@@ -218,6 +240,17 @@ fn several_seeds_are_several_runs_whose_submission_is_one_folder() {
     let scored = place.line(&format!("{line} --data data --device cpu")).clean().json();
     let score = place.line("eval sub/model.fairway --data data --device cpu --json").json();
     assert_eq!(scored["val_loss"], score["val_loss"]);
+    // Input that is no good is found before anything is written: an earlier submission stays whole.
+    let whole = place.snapshot("sub");
+    for out in ["sub", "half"] {
+        let line = format!("submission runs/seed-3 --out {out} --data nothing --device cpu");
+        place.line(&line).fails(2, &["nothing"]);
+    }
+    assert!(place.snapshot("sub") == whole && !place.path("half").exists());
+    place.train("other", "--steps 6 --set matrix_lr=0.01").clean();
+    let ran = place.line("submission runs/seed-3 other --out mixed --json");
+    assert!(ran.stderr.contains("other was not trained by the recipe of runs/seed-3"), "{ran:?}");
+    assert!(!place.line("submission runs/seed-3 runs/seed-5 --out two").ok().stderr.contains("recipe"));
     // It trains again from the folder's own recipe.
     place.line("train sub/recipe.toml --data data --device cpu --steps 1 --out again").clean();
     fs::create_dir(place.path("full")).unwrap();

@@ -27,6 +27,11 @@ fn options() -> Options {
     Options { rank: 2, chunk_tokens: 9, epochs: 2, lr: 0.05, stride: 4, bos: BOS, seed: 7 }
 }
 
+/// Chunks that are shorter than a window.
+fn short_chunks() -> Options {
+    Options { chunk_tokens: 4, epochs: 1, lr: 0.02, stride: 2, ..options() }
+}
+
 /// Documents of 4, 31, 20 and 1 targets; the token that begins them is nowhere else.
 fn text() -> Vec<u16> {
     let mut text: Vec<u16> = tokens(57).into_iter().map(|id| if id == BOS { 2 } else { id }).collect();
@@ -119,7 +124,8 @@ fn slow(recipe: &Recipe, tokens: &[u16], options: &Options) -> Vec<(usize, f64)>
         let mut changes: Vec<Slow> = names.map(|name| Slow::new(&model, &name, options)).collect();
         assert!(!changes.is_empty());
         let mut steps = 0;
-        let windows = Windows::EachOnce.list(targets.len(), LEN, options.stride).unwrap();
+        let windows =
+            Windows::each_once_after(options.chunk_tokens, targets.len(), LEN, options.stride).unwrap();
         let mut trained = 0;
         for window in windows {
             let chunk = window.targets().start / options.chunk_tokens;
@@ -159,26 +165,41 @@ fn it_is_one_document_and_one_window_at_a_time() {
     let lengths: Vec<usize> = documents(&tokens, BOS).iter().map(|targets| targets.len()).collect();
     assert_eq!(lengths, [4, 31, 20, 1]);
     for (name, recipe) in [("challenge", tiny("challenge")), ("pr1607", pr1607()), ("pr1382", pr1382())] {
-        let trained = model(&recipe);
-        let got = run(&trained, &tokens, &options());
-        let off = apart(&got, &slow(&recipe, &tokens, &options()));
-        assert!(off < 1e-8, "{name}: {off:e}");
-        // It has its own weights again.
-        for param in trained.params().iter() {
-            assert_eq!(values(param.flat()), get(&model(&recipe), param.name()), "{name}: {}", param.name());
+        for options in [options(), short_chunks()] {
+            let trained = model(&recipe);
+            let got = run(&trained, &tokens, &options);
+            let off = apart(&got, &slow(&recipe, &tokens, &options));
+            assert!(off < 1e-8, "{name}: {off:e}");
+            // It has its own weights again.
+            for param in trained.params().iter() {
+                let own = get(&model(&recipe), param.name());
+                assert_eq!(values(param.flat()), own, "{name}: {}", param.name());
+            }
+            // Without a step it is plain evaluation, document by document, and with steps it is not.
+            let plain = run(&model(&recipe), &tokens, &Options { lr: 0.0, ..options });
+            assert!(apart(&got, &plain) > 1e-4, "{name} learns nothing");
+            // Only the first chunk is scored by the weights as they are, also where a window is longer.
+            for target in 4..4 + options.chunk_tokens.min(LEN) {
+                assert_eq!(got[target].1, plain[target].1, "{name}: target {target}");
+            }
+            let after = 4 + options.chunk_tokens + options.stride;
+            assert_ne!(got[after].1, plain[after].1, "{name}: target {after}");
         }
-        // Without a step it is plain evaluation, document by document, and with steps it is not.
-        let plain = run(&model(&recipe), &tokens, &Options { lr: 0.0, ..options() });
-        assert!(apart(&got, &plain) > 1e-4, "{name} learns nothing");
     }
 }
 
 #[test]
 fn a_document_knows_nothing_of_another_nor_of_what_comes_after() {
+    for options in [options(), short_chunks()] {
+        knows_nothing(&options);
+    }
+}
+
+fn knows_nothing(options: &Options) {
     let (tokens, recipe) = (text(), pr1607());
-    let clean = run(&model(&recipe), &tokens, &options());
+    let clean = run(&model(&recipe), &tokens, options);
     // The second document alone, with the token after it.
-    let alone = run(&model(&recipe), &tokens[4..=35], &options());
+    let alone = run(&model(&recipe), &tokens[4..=35], options);
     let within: Vec<(usize, f64)> = clean[4..35].iter().map(|(target, loss)| (target - 4, *loss)).collect();
     assert!(apart(&alone, &within) < 1e-11);
     for poisoned in [6, 13, 14, 21, 22, 34, 40, 50] {
@@ -190,7 +211,7 @@ fn a_document_knows_nothing_of_another_nor_of_what_comes_after() {
                 *id = 2;
             }
         }
-        let dirty = run(&model(&recipe), &other, &options());
+        let dirty = run(&model(&recipe), &other, options);
         for ((target, before), (_, after)) in clean.iter().zip(&dirty) {
             if target + 1 < poisoned {
                 assert_eq!(before.to_bits(), after.to_bits(), "target {target} knows of token {poisoned}");

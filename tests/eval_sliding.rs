@@ -97,7 +97,7 @@ fn a_stride_of_the_whole_window_is_full_evaluation_to_the_last_bit() {
         assert_eq!((score.val_loss, score.val_bpb), (whole.val_loss, whole.val_bpb), "{windows}");
         assert_eq!((score.tokens, score.bytes), (whole.tokens, whole.bytes));
     }
-    // Every token once, whatever the stride, and more context never hides a token.
+    // Every token once, whatever the stride.
     for stride in 1..=LEN {
         let walk = Walk::Windows { windows: Windows::EachOnce, stride };
         let method = Method { walk, pass: pass(LEN, 4, 1.0) };

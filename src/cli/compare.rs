@@ -1,9 +1,10 @@
 //! `fairway compare`.
 
 use super::output;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::statistics::{Comparison, RECORD_NATS, RECORD_P, Sample};
 use crate::report::losses;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Compare the validation losses of runs over seeds: Welch's t-test and the challenge's record rule
@@ -25,13 +26,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let read = |paths: &[PathBuf]| -> Result<Vec<f64>> {
-        paths.iter().map(|path| losses::read(path).map(|loss| loss.val_loss)).collect()
-    };
-    let (runs, against) = (read(&args.runs)?, read(&args.against)?);
+    let (runs, against) = (read("RUN", &args.runs)?, read("--against", &args.against)?);
     let found = Comparison::of(&runs, &against);
     if found.t.is_nan() {
         output::warn("no t-test: each side takes at least two runs, and not all of one loss");
+    } else if found.t.is_infinite() {
+        output::warn("all runs of each side have one loss: without any spread the test leaves no doubt");
     }
     if args.json {
         return output::json(&serde_json::json!({
@@ -64,4 +64,19 @@ pub fn run(args: Args) -> Result<()> {
     let verdict = if found.is_record() { "a record" } else { "no record" };
     output::line(format!("{verdict}: the rule is at least {RECORD_NATS} nats better, at p < {RECORD_P}"));
     Ok(())
+}
+
+/// The losses of one side. A run that is named twice would narrow its spread.
+fn read(side: &str, paths: &[PathBuf]) -> Result<Vec<f64>> {
+    let mut places = BTreeSet::new();
+    for path in paths {
+        if path.canonicalize().is_ok_and(|place| !places.insert(place)) {
+            return Err(Error::input(
+                format!("{} twice", path.display()),
+                side,
+                "different runs, one a seed",
+            ));
+        }
+    }
+    paths.iter().map(|path| losses::read(path).map(|loss| loss.val_loss)).collect()
 }

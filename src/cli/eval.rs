@@ -14,7 +14,7 @@ use crate::eval::sliding::Pass;
 use crate::eval::tally::{Score, Text};
 use crate::eval::text;
 use crate::train::{guards, log::lines};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Score an artifact or a run with the challenge's exact bits per byte
 #[derive(clap::Args)]
@@ -63,13 +63,13 @@ pub fn run(args: Args) -> Result<()> {
         Some(data) => data,
         None => args::demo_data()?,
     };
-    let folder = DataFolder::open(&data)?;
-    check_tokenizer(contents, &folder)?;
-    let val = folder.val(seq_len, recipe.vocab_size)?;
+    let val = val_tokens(contents, &data)?;
     if !args.json {
         DeviceArgs::announce(&target);
     }
-    args.method.warnings(recipe, &method, val.tokens().len() - 1)?.iter().for_each(|line| output::warn(line));
+    if let Some(warning) = args.method.warning(recipe, &method, val.tokens())? {
+        output::warn(&warning);
+    }
     let score = score_by(&source, &val, &method, &target)?;
     if args.json {
         return output::json(&serde_json::json!({
@@ -96,6 +96,13 @@ pub fn run(args: Args) -> Result<()> {
         last.iter().for_each(output::line);
     }
     Ok(())
+}
+
+/// The validation tokens of a folder, in sequences of the model's length.
+pub(super) fn val_tokens(contents: &Contents, data: &Path) -> Result<ValTokens> {
+    let folder = DataFolder::open(data)?;
+    check_tokenizer(contents, &folder)?;
+    folder.val(contents.recipe.val_seq_len(), contents.recipe.vocab_size)
 }
 
 /// Refuses shards that were made with another kind or size of tokenizer than the model's.

@@ -5,7 +5,7 @@ use crate::eval::low_rank;
 use crate::eval::method::{Method, Walk};
 use crate::eval::sliding::Pass;
 use crate::eval::ttt::{self, Rule};
-use crate::eval::windows::Windows;
+use crate::eval::windows::{Windows, check_stride};
 use crate::model::plan::Plan;
 use crate::recipe::Recipe;
 
@@ -103,40 +103,40 @@ impl MethodArgs {
             let what = format!("--stateful with --windows {windows}");
             return Err(Error::input(what, "--windows", "each-once"));
         }
+        if mode == Mode::Ttt && windows == Windows::Pr1607 && self.stride.is_some() {
+            let what = "--stride with --mode ttt --windows pr1607";
+            return Err(Error::input(what, "--stride", "no stride: these windows lie side by side"));
+        }
         if self.streams.is_some() && !self.stateful {
             return Err(Error::input("--streams without --stateful", "--streams", "--stateful"));
         }
         if !(self.temperature > 0.0 && self.temperature <= 1e6) {
             let what = format!("temperature {}", self.temperature);
-            return Err(Error::input(what, "--temperature", "a number above 0"));
+            return Err(Error::input(what, "--temperature", "a number above 0, at most 1000000"));
         }
-        let full_weights = [
-            ("--ttt-optimizer", self.ttt_optimizer.is_some()),
-            ("--ttt-momentum", self.ttt_momentum.is_some()),
-            ("--ttt-batch", self.ttt_batch.is_some()),
-            ("--ttt-freeze", self.ttt_freeze.is_some()),
-            ("--ttt-clip", self.ttt_clip.is_some()),
-            ("--windows", windows != Windows::EachOnce),
-        ];
-        let given = full_weights.iter().find(|(_, given)| *given && self.ttt_low_rank.is_some());
-        if let Some((flag, _)) = given {
-            let what = format!("{flag} with --ttt-low-rank");
-            return Err(Error::input(what, flag, "training of the full weights"));
-        }
+        // Each with whether it is given, and whether it is of the training of the full weights alone.
         let training = [
-            ("--ttt-low-rank", self.ttt_low_rank.is_some()),
-            ("--ttt-optimizer", self.ttt_optimizer.is_some()),
-            ("--ttt-momentum", self.ttt_momentum.is_some()),
-            ("--ttt-lr", self.ttt_lr.is_some()),
-            ("--ttt-epochs", self.ttt_epochs.is_some()),
-            ("--ttt-chunk", self.ttt_chunk.is_some()),
-            ("--ttt-batch", self.ttt_batch.is_some()),
-            ("--ttt-freeze", self.ttt_freeze.is_some()),
-            ("--ttt-clip", self.ttt_clip.is_some()),
+            ("--ttt-low-rank", self.ttt_low_rank.is_some(), false),
+            ("--ttt-lr", self.ttt_lr.is_some(), false),
+            ("--ttt-epochs", self.ttt_epochs.is_some(), false),
+            ("--ttt-chunk", self.ttt_chunk.is_some(), false),
+            ("--ttt-optimizer", self.ttt_optimizer.is_some(), true),
+            ("--ttt-momentum", self.ttt_momentum.is_some(), true),
+            ("--ttt-batch", self.ttt_batch.is_some(), true),
+            ("--ttt-freeze", self.ttt_freeze.is_some(), true),
+            ("--ttt-clip", self.ttt_clip.is_some(), true),
         ];
-        match training.iter().find(|(_, given)| *given && mode != Mode::Ttt) {
-            Some((flag, _)) => refuse(flag, "--mode ttt"),
-            None => Ok(()),
+        let given = || training.iter().filter(|(_, given, _)| *given);
+        if let Some((flag, ..)) = given().next().filter(|_| mode != Mode::Ttt) {
+            return refuse(flag, "--mode ttt");
+        }
+        let of_full = given().find(|(_, _, of_full)| *of_full).map(|(flag, ..)| *flag);
+        match of_full.or((windows != Windows::EachOnce).then_some("--windows")) {
+            Some(flag) if self.ttt_low_rank.is_some() => {
+                let what = format!("{flag} with --ttt-low-rank");
+                Err(Error::input(what, flag, "training of the full weights"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -149,17 +149,25 @@ impl MethodArgs {
             Mode::Full => seq_len,
             _ => self.stride.unwrap_or_else(|| seq_len.min(common)),
         };
-        if !(1..=seq_len).contains(&stride) {
-            let expected = format!("1 to the {seq_len} tokens of a window");
-            return Err(Error::input(format!("stride {stride}"), "--stride", expected));
-        }
+        check_stride(seq_len, stride)?;
         let walk = match mode {
             Mode::Ttt if self.ttt_low_rank.is_some() => Walk::LowRank(self.low_rank(stride, bos)?),
             Mode::Ttt => Walk::Training { windows, stride, options: self.training(windows, seq_len)? },
-            _ if self.stateful => Walk::Stateful { stride, streams: self.streams.unwrap_or(1) },
+            _ if self.stateful => Walk::Stateful { stride, streams: self.streams(&pass)? },
             _ => Walk::Windows { windows, stride },
         };
         Ok(Method { walk, pass })
+    }
+
+    fn streams(&self, pass: &Pass) -> Result<usize> {
+        match self.streams.unwrap_or(1) {
+            streams if streams <= pass.rows() => Ok(streams),
+            streams => {
+                let what = format!("{streams} streams of {} tokens", pass.seq_len);
+                let expected = format!("at most {} by --micro-batch {}", pass.rows(), pass.batch_tokens);
+                Err(Error::input(what, "--streams", expected))
+            }
+        }
     }
 
     fn low_rank(&self, stride: usize, bos: u16) -> Result<low_rank::Options> {
@@ -210,21 +218,32 @@ impl MethodArgs {
         })
     }
 
-    /// What a user may not expect of the method on so many targets.
-    pub fn warnings(&self, recipe: &Recipe, method: &Method, targets: usize) -> Result<Vec<String>> {
-        let mut warnings = Vec::new();
-        if let Walk::Training { options, .. } = &method.walk
-            && ttt::chunks(targets, options.chunk_tokens) < 2
-        {
-            warnings.push(format!(
-                "{targets} tokens are one chunk of --ttt-chunk {}: nothing is trained before they are scored",
-                options.chunk_tokens
-            ));
-        }
-        if matches!(method.walk, Walk::Stateful { .. }) && !Plan::of(recipe)?.has_state() {
-            warnings.push("--stateful: the model has no state space layer that could carry a state".into());
-        }
-        Ok(warnings)
+    /// What a user may not expect of the method on these tokens.
+    pub fn warning(&self, recipe: &Recipe, method: &Method, tokens: &[u16]) -> Result<Option<String>> {
+        let (targets, seq_len) = (tokens.len() - 1, method.pass.seq_len);
+        Ok(match &method.walk {
+            Walk::Training { options: ttt::Options { chunk_tokens, .. }, .. } => {
+                if ttt::chunks(targets, *chunk_tokens) < 2 {
+                    let chunk = format!("{targets} tokens are one chunk of --ttt-chunk {chunk_tokens}");
+                    Some(format!("{chunk}: nothing is trained before they are scored"))
+                } else if *chunk_tokens < seq_len {
+                    let chunk = format!("--ttt-chunk {chunk_tokens} is no whole window of {seq_len} tokens");
+                    Some(format!("{chunk}: nothing is trained"))
+                } else {
+                    None
+                }
+            }
+            Walk::LowRank(low_rank::Options { chunk_tokens, bos, .. }) => {
+                let documents = low_rank::documents(tokens, *bos);
+                documents.iter().all(|targets| targets.len() <= *chunk_tokens).then(|| {
+                    format!("no document is longer than --ttt-chunk {chunk_tokens}: nothing is trained")
+                })
+            }
+            Walk::Stateful { .. } if !Plan::of(recipe)?.has_state() => {
+                Some("--stateful: the model has no state space layer that could carry a state".into())
+            }
+            Walk::Stateful { .. } | Walk::Windows { .. } => None,
+        })
     }
 }
 

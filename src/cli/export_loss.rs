@@ -3,7 +3,6 @@
 use super::source::Source;
 use super::{eval, output};
 use crate::backend::Target;
-use crate::data::folder::DataFolder;
 use crate::data::stream::ValTokens;
 use crate::error::Result;
 use crate::eval::tally::Score;
@@ -58,10 +57,7 @@ pub struct Scores {
 
 /// The text that both are scored on.
 pub fn text(source: &Source, data: &Path) -> Result<ValTokens> {
-    let folder = DataFolder::open(data)?;
-    eval::check_tokenizer(&source.contents, &folder)?;
-    let recipe = &source.contents.recipe;
-    Ok(folder.val(recipe.val_seq_len(), recipe.vocab_size)?.limit(TOKENS))
+    Ok(eval::val_tokens(&source.contents, data)?.limit(TOKENS))
 }
 
 /// Scores one model.

@@ -4,12 +4,15 @@ use super::args::DeviceArgs;
 use super::source::{self, Source};
 use super::{eval, export, output};
 use crate::artifact::Codec;
-use crate::data::folder::DataFolder;
+use crate::artifact::budget::CAP_BYTES;
+use crate::backend::Target;
+use crate::data::stream::ValTokens;
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
 use crate::quant::Scheme;
+use crate::recipe::Recipe;
 use crate::report::losses::{self, Loss};
-use crate::report::submission::{ARTIFACT, Author, Run, Submission, check_folder};
+use crate::report::submission::{ARTIFACT, Author, Run, Submission, begin, check_folder};
 use crate::train::run::load_recipe;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,18 +56,37 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     check_folder(&args.out)?;
-    let mut runs = Vec::new();
-    for dir in &args.runs {
-        if !dir.is_dir() {
-            return Err(Error::input("not a run", dir.display(), "the folder of a run"));
-        }
-        runs.push(Run { dir: dir.clone(), seed: load_recipe(dir)?.seed, loss: losses::read(dir)? });
+    // Whatever may be wrong with the input is found before anything is written.
+    let (recipes, runs): (Vec<Recipe>, Vec<Run>) =
+        args.runs.iter().map(|dir| read_run(dir)).collect::<Result<_>>()?;
+    let (run, recipe) = (&args.runs[0], &recipes[0]);
+    let own = run.join(ARTIFACT);
+    let packed = args.artifact.or_else(|| own.exists().then_some(own));
+    if let Some(file) = packed.as_deref().filter(|file| !source::is_artifact(file)) {
+        return Err(Error::input("not an artifact", file.display(), "what `fairway export` wrote"));
     }
-    let recipe = load_recipe(&args.runs[0])?;
+    let scoring = match &args.data {
+        Some(data) => {
+            let target = args.device.target()?;
+            let source = Source::load(packed.as_deref().unwrap_or(run))?;
+            Some((eval::val_tokens(&source.contents, data)?, target))
+        }
+        None => None,
+    };
+    for (dir, other) in args.runs.iter().zip(&recipes) {
+        if *other != (Recipe { seed: other.seed, ..recipe.clone() }) {
+            output::warn(&format!("{} was not trained by the recipe of {}", dir.display(), run.display()));
+        }
+    }
+
+    begin(&args.out)?;
     let artifact = args.out.join(ARTIFACT);
-    place_artifact(args.artifact.as_deref(), &args.runs[0], &artifact)?;
+    match &packed {
+        Some(file) => write_atomic(&artifact, &read(file)?)?,
+        None => export::pack(run, &artifact, Scheme::Int8, Codec::Brotli).map(drop)?,
+    }
     let artifact_bytes = fs::metadata(&artifact).map_err(|error| Error::read(&artifact, &error))?.len();
-    let scored = args.data.as_deref().map(|data| score(&artifact, data, &args.device)).transpose()?;
+    let scored = scoring.map(|(val, target)| score(&artifact, &val, &target)).transpose()?;
     if scored.is_none() {
         output::warn(
             "the record states the runs' losses before quantisation: --data DIR scores the artifact",
@@ -102,31 +124,28 @@ pub fn run(args: Args) -> Result<()> {
     let verdict = if written.under_cap { "under" } else { "OVER" };
     output::line(format!("submission: {}", args.out.display()));
     output::line(format!(
-        "bytes_total:{} bytes_code:{} ({verdict} the cap of 16000000 bytes)",
+        "bytes_total:{} bytes_code:{} ({verdict} the cap of {CAP_BYTES} bytes)",
         written.bytes_total, written.bytes_code
     ));
     Ok(())
 }
 
-/// Brings the artifact into the folder: the one that is named, the first run's own, or a new one.
-fn place_artifact(named: Option<&Path>, run: &Path, place: &Path) -> Result<()> {
-    let own = run.join(ARTIFACT);
-    let from = match named {
-        Some(file) => file,
-        None if own.exists() => &own,
-        None => return export::pack(run, place, Scheme::Int8, Codec::Brotli).map(drop),
-    };
-    if !source::is_artifact(from) {
-        return Err(Error::input("not an artifact", from.display(), "what `fairway export` wrote"));
-    }
-    write_atomic(place, &fs::read(from).map_err(|error| Error::read(from, &error))?)
+fn read(file: &Path) -> Result<Vec<u8>> {
+    fs::read(file).map_err(|error| Error::read(file, &error))
 }
 
-fn score(artifact: &Path, data: &Path, device: &DeviceArgs) -> Result<Loss> {
-    let target = device.target()?;
+/// A run's recipe, and what the submission takes from its folder.
+fn read_run(dir: &Path) -> Result<(Recipe, Run)> {
+    if !dir.is_dir() {
+        return Err(Error::input("not a run", dir.display(), "the folder of a run"));
+    }
+    let recipe = load_recipe(dir)?;
+    let run = Run { seed: recipe.seed, log: read(&dir.join("train.log"))?, loss: losses::read(dir)? };
+    Ok((recipe, run))
+}
+
+fn score(artifact: &Path, val: &ValTokens, target: &Target) -> Result<Loss> {
     let source = Source::load(artifact)?;
-    let recipe = &source.contents.recipe;
-    let val = DataFolder::open(data)?.val(recipe.val_seq_len(), recipe.vocab_size)?;
-    let score = eval::score(&source, &val, recipe.val_batch_tokens(), &target)?;
+    let score = eval::score(&source, val, source.contents.recipe.val_batch_tokens(), target)?;
     Ok(Loss { val_loss: score.val_loss, val_bpb: Some(score.val_bpb) })
 }

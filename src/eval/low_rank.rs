@@ -3,7 +3,8 @@
 //! `w + b a` takes the place of the weights `w[o, i]` that mixers begin with, `a[r, i]` random and `b[o, r]` zero at a
 //! document's first token; both learn by Adam from what is scored of the document: `gb = gw a^T`, `ga = b^T gw`. A
 //! document begins with the token that says so; its windows do not reach into the one before, and nothing of another
-//! document's training reaches it.
+//! document's training reaches it. The first window scores no more than a chunk, so that what follows is scored by what
+//! has learned from it, also in documents that are no longer than a window.
 
 use super::ids_tensor;
 use super::sliding::{self, Pass, Progress};
@@ -49,7 +50,7 @@ pub fn documents(tokens: &[u16], bos: u16) -> Vec<Range<usize>> {
     starts.windows(2).map(|pair| pair[0]..pair[1]).collect()
 }
 
-/// A document's windows, chunk by chunk.
+/// A document's windows, chunk by chunk, up to the last chunk that has some.
 struct Document {
     targets: Range<usize>,
     chunks: Vec<Vec<Window>>,
@@ -59,9 +60,13 @@ impl Document {
     fn new(targets: Range<usize>, seq_len: usize, options: &Options) -> Result<Self> {
         let count = targets.len().div_ceil(options.chunk_tokens);
         let mut chunks = vec![Vec::new(); count];
-        for window in Windows::EachOnce.list(targets.len(), seq_len, options.stride)? {
+        let windows = Windows::each_once_after(options.chunk_tokens, targets.len(), seq_len, options.stride)?;
+        for window in windows {
             let chunk = window.targets().start / options.chunk_tokens;
             chunks[chunk].push(Window { start: window.start + targets.start, ..window });
+        }
+        while chunks.last().is_some_and(Vec::is_empty) {
+            chunks.pop();
         }
         Ok(Self { targets, chunks })
     }
@@ -71,7 +76,7 @@ impl Document {
 pub struct Documents(Vec<Document>);
 
 impl Documents {
-    /// Cuts a text. Errors (input): a stride that [`Windows::list`] refuses.
+    /// Cuts a text. Errors (input): a stride that [`Windows::each_once_after`] refuses.
     pub fn new(text: &Text, seq_len: usize, options: &Options) -> Result<Self> {
         let documents = documents(text.tokens, options.bos).into_iter();
         documents.map(|targets| Document::new(targets, seq_len, options)).collect::<Result<_>>().map(Self)

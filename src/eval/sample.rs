@@ -35,12 +35,12 @@ pub fn sample<P: Plain>(
     if let Some(id) = prompt.iter().find(|id| usize::from(**id) >= vocab) {
         return Err(Error::input(format!("token id {id}"), "the prompt", format!("ids below {vocab}")));
     }
-    if prompt.is_empty() || !options.temperature.is_finite() || options.temperature < 0.0 {
-        return Err(Error::input(
-            "nothing to continue",
-            "the prompt",
-            "a token, and a temperature of at least 0",
-        ));
+    if prompt.is_empty() {
+        return Err(Error::input("nothing to continue", "the prompt", "at least one token"));
+    }
+    if !(options.temperature.is_finite() && options.temperature >= 0.0) {
+        let what = format!("temperature {}", options.temperature);
+        return Err(Error::input(what, "--temperature", "at least 0"));
     }
     let context = options.context.max(2);
     let tail = |seen: &[u16], len: usize| seen[seen.len().saturating_sub(len)..].to_vec();

@@ -6,6 +6,7 @@ use super::windows::Window;
 use crate::error::Result;
 use crate::model::{Model, params};
 use crate::ops::Plain;
+use burn::tensor::Tensor;
 
 /// How windows are put through the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,13 +39,39 @@ pub fn score<P: Plain>(
     tally: &mut Tally,
     progress: Progress<'_>,
 ) -> Result<()> {
-    for batch in windows.chunks(pass.rows()) {
-        let from = batch.iter().map(|window| window.from).min().unwrap_or(0);
-        let to = batch.iter().map(|window| window.to).max().unwrap_or(0);
+    let mut batches = windows.chunks(pass.rows()).map(|batch| Batch::queue(model, text, batch, pass));
+    let mut queued = batches.next();
+    while let Some(Batch { windows, from, losses }) = queued {
+        let count = losses.dims()[0];
+        let losses = params::to_host("loss", &[count], losses)?.to_f64();
+        progress(windows.len())?;
+        // The device works on the next batch while this one is counted.
+        queued = batches.next();
+        for (window, losses) in windows.iter().zip(losses.chunks(count / windows.len())) {
+            for position in window.from..window.to {
+                tally.add(text, window.start + position, losses[position - from]);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Windows whose losses the device was asked for.
+struct Batch<'a, P: Plain> {
+    windows: &'a [Window],
+    /// The first position whose loss there is; as many of each window.
+    from: usize,
+    losses: Tensor<P, 1>,
+}
+
+impl<'a, P: Plain> Batch<'a, P> {
+    fn queue(model: &Model<P>, text: &Text, windows: &'a [Window], pass: &Pass) -> Self {
+        let from = windows.iter().map(|window| window.from).min().unwrap_or(0);
+        let to = windows.iter().map(|window| window.to).max().unwrap_or(0);
         let (scored, seq_len) = (to - from, pass.seq_len);
-        let mut inputs = Vec::with_capacity(batch.len() * seq_len);
-        let mut targets = Vec::with_capacity(batch.len() * scored);
-        for Window { start, len, .. } in batch {
+        let mut inputs = Vec::with_capacity(windows.len() * seq_len);
+        let mut targets = Vec::with_capacity(windows.len() * scored);
+        for Window { start, len, .. } in windows {
             let seen = &text.tokens[*start..start + len + 1];
             let target = |position: usize| seen.get(position + 1).copied().unwrap_or(0);
             inputs.extend_from_slice(&seen[..*len]);
@@ -55,17 +82,10 @@ pub fn score<P: Plain>(
         let mut hidden = model.hidden::<P>(ids_tensor::<P>(&inputs, seq_len, device), None, None);
         if scored < seq_len {
             let columns = hidden.dims()[1];
-            let rows = hidden.reshape([batch.len(), seq_len, columns]).narrow(1, from, scored);
-            hidden = rows.reshape([batch.len() * scored, columns]);
+            let rows = hidden.reshape([windows.len(), seq_len, columns]).narrow(1, from, scored);
+            hidden = rows.reshape([windows.len() * scored, columns]);
         }
         let losses = model.nll_at(hidden, ids_tensor::<P>(&targets, scored, device), pass.temperature);
-        let losses = params::to_host("loss", &[targets.len()], losses)?.to_f64();
-        for (window, losses) in batch.iter().zip(losses.chunks(scored)) {
-            for position in window.from..window.to {
-                tally.add(text, window.start + position, losses[position - from]);
-            }
-        }
-        progress(batch.len())?;
+        Self { windows, from, losses }
     }
-    Ok(())
 }

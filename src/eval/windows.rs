@@ -59,10 +59,7 @@ impl Windows {
     /// The first scores all its targets, the others their last `stride`. Errors (input): a stride of 0 or over `len`, or
     /// fewer targets than PR #1607's whole windows take.
     pub fn list(self, total: usize, len: usize, stride: usize) -> Result<Vec<Window>> {
-        if !(1..=len).contains(&stride) {
-            let expected = format!("1 to the {len} tokens of a window");
-            return Err(Error::input(format!("stride {stride}"), "--stride", expected));
-        }
+        check_stride(len, stride)?;
         if total == 0 || (self == Self::Pr1607 && total < len) {
             let least = if self == Self::Pr1607 { len } else { 1 };
             return Err(Error::input(
@@ -72,7 +69,7 @@ impl Windows {
             ));
         }
         Ok(match self {
-            Self::EachOnce => each_once(total, len, stride),
+            Self::EachOnce => each_once(len, total, len, stride),
             Self::Pr1382 => {
                 (0..total).step_by(stride).map(|start| last_of(start, total, len, stride)).collect()
             }
@@ -84,6 +81,13 @@ impl Windows {
                 starts.into_iter().map(|start| last_of(start, total, len, stride)).collect()
             }
         })
+    }
+
+    /// As [`Self::EachOnce`], but the first window scores at most `first` targets: those after it have all that is
+    /// before them as their context until that is `len` positions.
+    pub fn each_once_after(first: usize, total: usize, len: usize, stride: usize) -> Result<Vec<Window>> {
+        check_stride(len, stride)?;
+        Ok(each_once(first.min(len), total, len, stride))
     }
 
     /// PR #1382's windows for test-time training: a later start with fewer than `stride` targets left is dropped, since
@@ -113,6 +117,15 @@ impl FromStr for Windows {
     }
 }
 
+/// Refuses a stride that leaves targets out, or scores none.
+pub fn check_stride(len: usize, stride: usize) -> Result<()> {
+    if (1..=len).contains(&stride) {
+        return Ok(());
+    }
+    let expected = format!("1 to the {len} tokens of a window");
+    Err(Error::input(format!("stride {stride}"), "--stride", expected))
+}
+
 /// The window from `start`, cut to the targets that there are, scoring its last `stride`; the first scores all.
 fn last_of(start: usize, total: usize, len: usize, stride: usize) -> Window {
     let len = len.min(total - start);
@@ -120,13 +133,13 @@ fn last_of(start: usize, total: usize, len: usize, stride: usize) -> Window {
     Window { start, len, from, to: len }
 }
 
-fn each_once(total: usize, len: usize, stride: usize) -> Vec<Window> {
-    let first = len.min(total);
+fn each_once(first: usize, total: usize, len: usize, stride: usize) -> Vec<Window> {
+    let first = first.min(total);
     let mut windows = vec![Window { start: 0, len: first, from: 0, to: first }];
     windows.extend((first..total).step_by(stride).map(|scored| {
         let end = (scored + stride).min(total);
-        let start = end - len;
-        Window { start, len, from: scored - start, to: len }
+        let start = end.saturating_sub(len);
+        Window { start, len: end - start, from: scored - start, to: end - start }
     }));
     windows
 }
@@ -171,6 +184,24 @@ mod tests {
         let tail = Windows::EachOnce.list(11, 4, 3).unwrap();
         assert_eq!(starts(&tail), [0, 3, 6, 7]);
         assert_eq!(tail[3], Window { start: 7, len: 4, from: 3, to: 4 });
+    }
+
+    #[test]
+    fn a_short_first_window_is_followed_by_growing_ones() {
+        let windows = Windows::each_once_after(3, 12, 8, 2).unwrap();
+        let all: Vec<[usize; 4]> = windows.iter().map(|w| [w.start, w.len, w.from, w.to]).collect();
+        let expected = [[0, 3, 0, 3], [0, 5, 3, 5], [0, 7, 5, 7], [1, 8, 6, 8], [3, 8, 6, 8], [4, 8, 7, 8]];
+        assert_eq!(all, expected);
+        for first in 1..12 {
+            for (total, len, stride) in [(1, 4, 4), (9, 4, 3), (30, 10, 4), (30, 10, 10)] {
+                let windows = Windows::each_once_after(first, total, len, stride).unwrap();
+                assert_eq!(times_scored(&windows, total), vec![1; total], "{first} {total} {len} {stride}");
+                assert_eq!(windows[0].targets(), 0..first.min(len).min(total));
+                // All the context that there is.
+                assert!(windows.iter().all(|w| w.len == len || w.start == 0));
+            }
+        }
+        assert!(Windows::each_once_after(3, 12, 8, 9).is_err());
     }
 
     #[test]

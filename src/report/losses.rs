@@ -23,12 +23,11 @@ pub struct Loss {
 /// The last validation of a run's folder (`metrics.jsonl`); of a `.json` file (as `eval --json` prints, or a
 /// `submission.json`) its `val_loss`; of any other file, a log, its last `..._exact val_loss:`, or its last `val_loss:`.
 ///
-/// Errors (input): nothing of the kind in it.
+/// Errors (input): nothing of the kind in it, or a loss that is not a number.
 pub fn read(path: &Path) -> Result<Loss> {
     let found = if path.is_dir() {
         let rows = Metrics::read(&path.join("metrics.jsonl"))?;
-        let last = rows.iter().rev().find(|row| row.val_loss.is_some_and(f64::is_finite));
-        last.and_then(|row| Some(Loss { val_loss: row.val_loss?, val_bpb: row.val_bpb }))
+        rows.iter().rev().find_map(|row| Some(Loss { val_loss: row.val_loss?, val_bpb: row.val_bpb }))
     } else if path.extension().is_some_and(|extension| extension == "json") {
         of_report(path)?
     } else {
@@ -101,6 +100,12 @@ mod tests {
         file("run/metrics.jsonl", rows);
         let loss = read(&dir.path().join("run")).unwrap();
         assert_eq!(loss, Loss { val_loss: 2.5, val_bpb: Some(1.5) });
+        // A last validation that is not a number is not passed over for a better one.
+        file(
+            "diverged/metrics.jsonl",
+            &format!("{rows}{{\"step\":11,\"val_loss\":null,\"val_bpb\":null}}\n"),
+        );
+        assert_eq!(read(&dir.path().join("diverged")).unwrap_err().exit_code(), 2);
 
         let log = "log0(f\"val_loss:{val_loss:.4f}\")\nstep:5/9 val_loss:2.0606 val_bpb:1.2172 train_time:1ms\n\
                    final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570\n\
@@ -112,9 +117,12 @@ mod tests {
 
         let report = read(&file("eval.json", "{\"val_loss\": 1.25, \"val_bpb\": null}")).unwrap();
         assert_eq!(report, Loss { val_loss: 1.25, val_bpb: None });
-        for (name, text) in
-            [("none.log", "nothing\n"), ("null.json", "{\"val_loss\": null}"), ("broken.json", "{")]
-        {
+        for (name, text) in [
+            ("none.log", "nothing\n"),
+            ("null.json", "{\"val_loss\": null}"),
+            ("broken.json", "{"),
+            ("nan.log", "step:5/9 val_loss:2.0606 val_bpb:1.2\nstep:9/9 val_loss:nan val_bpb:nan\n"),
+        ] {
             let error = read(&file(name, text)).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains(name), "{error}");
         }

@@ -8,7 +8,8 @@ use crate::eval::statistics::Sample;
 use crate::files::write_atomic;
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::io::ErrorKind;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The name of the challenge's record of a submission.
@@ -33,10 +34,10 @@ pub struct Author {
 /// One run of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
-    /// Its folder.
-    pub dir: PathBuf,
     /// Its seed.
     pub seed: u64,
+    /// Its `train.log`.
+    pub log: Vec<u8>,
     /// Its last validation, of the weights before quantisation.
     pub loss: Loss,
 }
@@ -69,17 +70,36 @@ pub struct Written {
     pub loss: Loss,
 }
 
-/// Refuses a folder that holds something else than an earlier submission.
+/// Refuses a folder that holds something else than an earlier submission, whole or not.
 pub fn check_folder(dir: &Path) -> Result<()> {
-    let Ok(mut entries) = fs::read_dir(dir) else { return Ok(()) };
-    if entries.next().is_none() || dir.join(RECORD).exists() {
+    let refuse =
+        |what: &str| Err(Error::input(what, dir.display(), "a new folder, or an earlier submission's"));
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return refuse(&format!("cannot read ({error})")),
+    };
+    let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+    let is_begun = || dir.join(ARTIFACT).exists() && names.iter().all(|name| is_own(&name.to_string_lossy()));
+    if names.is_empty() || dir.join(RECORD).exists() || is_begun() {
         return Ok(());
     }
-    Err(Error::input(
-        "folder with other files",
-        dir.display(),
-        "a new folder, or one of an earlier submission",
-    ))
+    refuse("folder with other files")
+}
+
+/// Whether a submission writes a file or folder of that name.
+fn is_own(name: &str) -> bool {
+    let is_log = name.starts_with("train_seed") && name.ends_with(".log");
+    is_log || [ARTIFACT, "source", "recipe.toml", "README.md", RECORD].contains(&name)
+}
+
+/// Takes an earlier submission's record away, before anything else in its folder changes: a folder with one is whole.
+pub fn begin(dir: &Path) -> Result<()> {
+    let record = dir.join(RECORD);
+    match fs::remove_file(&record) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::write(&record, &error)),
+        _ => Ok(()),
+    }
 }
 
 impl Submission {
@@ -92,9 +112,7 @@ impl Submission {
         let mut logs = Vec::new();
         for run in &self.runs {
             let name = self.log_name(run, &logs);
-            let source = run.dir.join("train.log");
-            let log = fs::read(&source).map_err(|error| Error::read(&source, &error))?;
-            write_atomic(&dir.join(&name), &log)?;
+            write_atomic(&dir.join(&name), &run.log)?;
             logs.push(name);
         }
         for (name, content) in source_files() {
@@ -228,12 +246,11 @@ mod tests {
         }
     }
 
-    fn submission(dir: &Path) -> Submission {
-        let run = |seed: u64, val_loss: f64| {
-            let dir = dir.join(format!("run-{val_loss}"));
-            fs::create_dir_all(&dir).unwrap();
-            fs::write(dir.join("train.log"), format!("seed:{seed}\n")).unwrap();
-            Run { dir, seed, loss: Loss { val_loss, val_bpb: Some(val_loss / 2.0) } }
+    fn submission() -> Submission {
+        let run = |seed: u64, val_loss: f64| Run {
+            seed,
+            log: format!("seed:{seed}\n").into_bytes(),
+            loss: Loss { val_loss, val_bpb: Some(val_loss / 2.0) },
         };
         Submission {
             author: Author {
@@ -253,7 +270,7 @@ mod tests {
     fn the_folder_has_what_the_challenge_asks_for() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
-        let mut submission = submission(dir.path());
+        let mut submission = submission();
         let written = submission.write(&out).unwrap();
         assert_eq!(written.bytes_total, written.bytes_code + 1000);
         assert_eq!(written.loss, Loss { val_loss: 2.5, val_bpb: Some(1.25) });
@@ -292,11 +309,29 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_with_a_record_is_whole_and_one_without_may_be_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        assert!(begin(&out).is_ok());
+        write_atomic(&out.join(ARTIFACT), b"packed").unwrap();
+        assert!(check_folder(&out).is_ok());
+        submission().write(&out).unwrap();
+        assert!(out.join(RECORD).exists());
+        begin(&out).unwrap();
+        assert!(!out.join(RECORD).exists() && check_folder(&out).is_ok());
+        // A run's folder has an artifact too, among other files.
+        fs::write(out.join("metrics.jsonl"), "").unwrap();
+        assert_eq!(check_folder(&out).unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
     fn a_folder_of_other_files_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert!(check_folder(&dir.path().join("new")).is_ok() && check_folder(dir.path()).is_ok());
         fs::write(dir.path().join("thesis.txt"), "years of work").unwrap();
-        assert_eq!(check_folder(dir.path()).unwrap_err().exit_code(), 2);
+        for other in [dir.path(), &dir.path().join("thesis.txt")] {
+            assert_eq!(check_folder(other).unwrap_err().exit_code(), 2);
+        }
         fs::write(dir.path().join(RECORD), "{}").unwrap();
         assert!(check_folder(dir.path()).is_ok());
     }
