@@ -61,14 +61,11 @@ impl FromStr for Scheme {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let gptq = || -> Option<Self> {
-            let bits: u8 = text.strip_prefix("gptq-int")?.parse().ok()?;
-            BITS.contains(&bits.into()).then_some(Self::Gptq(bits))
-        };
+        let gptq = BITS.map(|bits| Self::Gptq(bits as u8));
         [Self::Int8, Self::Fp16, Self::Int6, Self::Ternary]
             .into_iter()
+            .chain(gptq)
             .find(|scheme| scheme.to_string() == text)
-            .or_else(gptq)
             .ok_or_else(|| {
                 Error::input(
                     format!("unknown quantisation {text:?}"),
@@ -90,9 +87,9 @@ mod tests {
         {
             assert_eq!(scheme.to_string().parse::<Scheme>().unwrap(), scheme);
         }
-        for text in
-            ["", "int5", "gptq", "gptq-int", "gptq-int1", "gptq-int9", "gptq-int-6", "INT8", "ternary2"]
-        {
+        let numbers = ["1", "9", "-6", "+6", "06", "six"].map(|bits| format!("gptq-int{bits}"));
+        let others = ["", "int5", "gptq", "gptq-int", "INT8", "ternary2"].map(String::from);
+        for text in numbers.into_iter().chain(others) {
             let error = text.parse::<Scheme>().unwrap_err();
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains("int8, fp16, int6, gptq-intN, ternary"), "{error}");
