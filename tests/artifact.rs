@@ -74,24 +74,31 @@ fn codes_of_every_width_and_packing_come_back() {
     let path = dir.path().join("model.fwy");
     let mut rng = Rng(9);
     let live = [rng.tensor("w", &[256, 260], 0.0, 0.5), rng.tensor("cube", &[2, 200, 200], 0.0, 0.5)];
+    let hessian = (0..260 * 260).map(|at| if at % 261 == 0 { 2.0 } else { 0.5 }).collect();
+    let context = Context { hessians: [("w".to_owned(), hessian)].into(), ..Context::default() };
     let widths = (2..=8).map(|bits| {
         (bits, Export::Pr1607 { bits, mlp_bits: 0, search_clip: false, fp16_embed: false }, &live[..])
     });
+    // By GPTQ without floors: codes that take up all of their bits.
+    let solved = (2..=8).map(|bits| (10 + bits, Export::Own { bits }, &live[..1]));
     let packings = [Packing::TwoBits, Packing::FiveTrits];
     let packed =
         packings.into_iter().zip(9..).map(|(packing, i)| (i, Export::OwnTernary(packing), &live[..1]));
     let mut artifact = sample();
-    for (number, export, live) in widths.chain(packed) {
-        let quantized = quantize_by(export, live, &Context::default()).unwrap();
+    for (number, export, live) in widths.chain(solved).chain(packed) {
+        let quantized = quantize_by(export, live, &context).unwrap();
         let named = quantized.into_iter().map(|q| QuantTensor { name: format!("{number}.{}", q.name), ..q });
         artifact.tensors.extend(named);
     }
+    for (name, codec) in Codec::ALL {
+        artifact.write(&path, codec).unwrap();
+        assert_eq!(Artifact::read(&path).unwrap(), artifact, "{name}");
+    }
     let sizes = artifact.write(&path, Codec::Zlib).unwrap();
     let read = Artifact::read(&path).unwrap();
-    assert_eq!(read, artifact);
     let seen = Artifact::inspect(&path).unwrap();
     let dtype = |name: &str| seen.tensors.iter().find(|row| row.name == name).unwrap().dtype.as_str();
-    assert_eq!(["2.w", "7.w", "8.w"].map(dtype), ["int2/row", "int7/row", "int8/row"]);
+    assert_eq!(["2.w", "7.w", "18.w"].map(dtype), ["int2/row", "int7/row", "int8/row"]);
     assert_eq!(["5.cube", "9.w", "10.w"].map(dtype), ["int5/tensor", "ternary/2bit", "ternary/5trit"]);
     let scales = |name: &str| seen.tensors.iter().find(|row| row.name == name).unwrap().scales.clone();
     let rows = read.tensors.iter().find(|tensor| tensor.name == "2.w").unwrap().shape[0];
