@@ -310,6 +310,41 @@ fn codes_and_scales_that_no_quantiser_writes_are_refused() {
             refused(&with(Storage::Ternary(packing), 1, 0, &scale), "a scale that is not finite");
         }
     }
+    // Finite scales whose products are not, and values that are not.
+    for storage in (3..=7).map(Storage::IntTensor).chain([Storage::Int8Tensor]) {
+        refused(&with(storage, 1, 0, &3.4e38f32.to_le_bytes()), "restores to");
+    }
+    for packing in [Packing::TwoBits, Packing::FiveTrits] {
+        refused(&with(Storage::Ternary(packing), 1, 0, &3.4e38f64.to_le_bytes()), "restores to");
+    }
+    refused(&with(Storage::F32, 0, 4, &f32::NAN.to_le_bytes()), "restores to NaN at element 1");
+    refused(&with(Storage::F16, 0, 4, &half[1]), "restores to -inf at element 2");
+}
+
+#[test]
+fn packed_codes_by_columns_stay_packed() {
+    let place = Place::new();
+    // Twenty million codes in 4 MiB, and their scale.
+    let (packed, five_trits, columns) = (4 << 20, 7, 3);
+    let table = table(&["a"], &[(1, five_trits, &[4096, 5120])], &[0, 1], &[columns, 0]);
+    let mut sections = with_raw(Kind::TensorTable, &table);
+    let mut data = vec![0u8; packed + 8];
+    let mut write = |data: &[u8]| {
+        sections[3] = Sealed::pack(Kind::TensorData, Codec::Zstd, data, &[]).unwrap();
+        std::fs::write(place.path(), seal(&sections)).unwrap();
+    };
+    write(&data);
+    let (read, peak) = peak_mib(|| Artifact::read(&place.path()).unwrap());
+    assert_eq!(read.tensors[0].payload_bytes(), packed);
+    assert!(peak <= 16, "{peak} MiB");
+    // A byte that packs no codes: only who reads the weights finds it.
+    data[7] = 243;
+    write(&data);
+    let error = Artifact::read(&place.path()).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let line = error.to_string();
+    assert!(line.contains("tensor a") && line.contains("hostile.fwy"), "{line}");
+    Artifact::inspect(&place.path()).unwrap();
 }
 
 /// Very many zeros in very few bytes, made at the codec's fast settings.
@@ -538,9 +573,10 @@ fn impossible_vocabularies_and_recipes_are_refused() {
         assert!(error.to_string().contains(expected), "{error} without {expected:?}");
     }
     let place = Place::new();
-    let recipes: [(&str, &[u8]); 5] = [
+    let recipes: [(&str, &[u8]); 6] = [
         ("200 recipe in 0 bytes", &[200, 1]),
         ("not UTF-8", &[1, 0xff, 0, 0]),
+        ("no control characters", &[0, 2, b'a', 0x1b, 0]),
         ("behind its end", &[0, 0, 0, 0]),
         ("two notes named a", &[0, 0, 2, 1, b'a', 0, 1, b'a', 0]),
         ("120 notes in 0 bytes", &[0, 0, 120]),

@@ -230,6 +230,42 @@ fn gptq_of_pr1607_is_coded_again_and_that_of_pr1382_is_not() {
 }
 
 #[test]
+fn one_column_one_row_zeros_and_constants_are_coded() {
+    let n = 70_000;
+    let named = |name: &str, shape: &[usize], values: &[f32]| {
+        HostTensor::from_f32(format!("blocks.0.mlp.{name}.weight"), shape, values)
+    };
+    let tensors = [
+        named("column", &[n, 1], &ramp(n)),
+        named("row", &[1, n], &ramp(n)),
+        named("constant", &[700, 100], &vec![-0.25; n]),
+        named("zeros", &[700, 100], &vec![0.0; n]),
+    ];
+    let context = Context { hessians: [(tensors[0].name.clone(), vec![3.0])].into(), ..context("", &[]) };
+    let own = (2..=8).map(|bits| Export::Own { bits });
+    let others = [
+        Export::Challenge,
+        PR1607,
+        Export::Pr1382,
+        Export::OwnTernary(Packing::TwoBits),
+        Export::OwnTernary(Packing::FiveTrits),
+    ];
+    for export in own.chain(others) {
+        let stored = quantize_by(export, &tensors, &context).unwrap();
+        assert!(stored.iter().all(|tensor| tensor.storage.is_coded()), "{export:?}");
+        let back: Vec<Vec<f32>> = stored.iter().map(|tensor| tensor.dequantize().unwrap().to_f32()).collect();
+        assert!(back[2].iter().all(|&w| w == back[2][0] && w < 0.0), "{export:?}: {}", back[2][0]);
+        assert!(back[3].iter().all(|&w| w == 0.0), "{export:?}");
+        if export == (Export::Own { bits: 8 }) {
+            for (live, back) in tensors.iter().zip(&back) {
+                let worst = live.to_f32().iter().zip(back).map(|(w, b)| (w - b).abs()).fold(0.0, f32::max);
+                assert!(worst < 0.001, "{}: {worst}", live.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn stored_parts_that_no_quantiser_makes_are_refused() {
     let tensors = [
         HostTensor::from_f32("a", &[256, 300], &ramp(256 * 300)),

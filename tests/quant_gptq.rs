@@ -1,7 +1,7 @@
 //! GPTQ against its definition, column by column with an explicit inverse, and against plain rounding.
 
 use fairway::host::HostTensor;
-use fairway::quant::clip::{Coded, Rule};
+use fairway::quant::clip::{Coded, Rule, max_code};
 use fairway::quant::gptq::{self, Choice, Factor, output_loss, solve};
 use fairway::quant::hessian::{DAMP, Hessian};
 use fairway::quant::{Context, Export, Storage, losses, quantize_by};
@@ -169,8 +169,12 @@ fn gptq_beats_rounding_and_ours_beats_the_prs_at_every_width() {
     let w: Vec<f32> = Noise(6).weights(rows * n).iter().map(|w| w * 0.25).collect();
     let loss = |coded: &Coded| output_loss(&w, &restored(coded, n), &h);
     for bits in 2..=8 {
-        let [own, pr] =
-            [Rule::Own, Rule::Pr1382].map(|rule| loss(&gptq::rows(&w, n, &h, bits, rule).unwrap()));
+        let solved = [Rule::Own, Rule::Pr1382].map(|rule| gptq::rows(&w, n, &h, bits, rule).unwrap());
+        // Symmetric codes: two's complement's least is none of them. Ours take up the whole range.
+        let most = max_code(bits);
+        assert!(solved.iter().all(|coded| coded.codes.iter().all(|code| (-most..=most).contains(code))));
+        assert!([-most, most].iter().all(|code| solved[0].codes.contains(code)), "{bits} bits");
+        let [own, pr] = solved.each_ref().map(&loss);
         let rounded = [Rule::Own, Rule::Pr1382].map(|rule| loss(&rule.rows(&w, n, bits)));
         println!(
             "{bits} bits: ours {own:.3e} (rounded {:.3e}), PR {pr:.3e} (rounded {:.3e})",

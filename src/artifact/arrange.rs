@@ -183,7 +183,11 @@ impl Arrangement {
         let (order, has_digits) = self.order();
         let total = layouts.iter().map(|layout| layout.bytes).sum();
         let block = match first.unit {
-            Unit::Codes(bits) if has_digits => Digits::of(bits).read(&block, total)?,
+            Unit::Codes(bits) if has_digits => {
+                // Moved, to be gone before the parts are made.
+                let digits = block;
+                Digits::of(bits).read(&digits, total)?
+            }
             _ => block,
         };
         if block.len() != total {
@@ -199,12 +203,13 @@ impl Arrangement {
             let range = start..start + layout.bytes;
             start = range.end;
             match order {
-                Self::Planes => Some(
-                    (range.start / size..range.end / size)
-                        .flat_map(|i| (0..size).map(move |plane| (plane, i)))
-                        .map(|(plane, i)| block[plane * elements + i])
-                        .collect(),
-                ),
+                Self::Planes => {
+                    let mut bytes = Vec::with_capacity(layout.bytes);
+                    for i in range.start / size..range.end / size {
+                        bytes.extend((0..size).map(|plane| block[plane * elements + i]));
+                    }
+                    Some(bytes)
+                }
                 Self::Columns => transposed(&block[range], layout, false),
                 _ => Some(block[range].to_vec()),
             }
@@ -229,16 +234,18 @@ fn transposed(bytes: &[u8], layout: &Layout, forward: bool) -> Option<Vec<u8>> {
     let (rows, cols) = layout.matrix?;
     let (rows, cols) = if forward { (rows, cols) } else { (cols, rows) };
     match layout.unit {
-        Unit::Ternary(packing) => {
-            Some(packing.pack(&transpose(&packing.unpack(bytes, rows * cols)?, rows, cols)))
-        }
+        Unit::Ternary(packing) => packing.transpose(bytes, rows, cols),
         _ if bytes.len() == rows * cols => Some(transpose(bytes, rows, cols)),
         _ => None,
     }
 }
 
-fn transpose<T: Copy>(matrix: &[T], rows: usize, cols: usize) -> Vec<T> {
-    (0..cols).flat_map(|j| (0..rows).map(move |i| matrix[i * cols + j])).collect()
+fn transpose(matrix: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    let mut transposed = Vec::with_capacity(matrix.len());
+    for j in 0..cols {
+        transposed.extend((0..rows).map(|i| matrix[i * cols + j]));
+    }
+    transposed
 }
 
 /// The digits of integer codes of so many bits.
@@ -310,7 +317,7 @@ impl Digits {
         }
         if self.bits == 2 {
             let codes = Packing::FiveTrits.unpack(block, codes)?;
-            return Some(codes.iter().map(|code| code.cast_unsigned()).collect());
+            return Some(codes.into_iter().map(i8::cast_unsigned).collect());
         }
         let (lows, uppers) = block.split_at(self.low_len(codes));
         let mut numbers = Vec::with_capacity(codes + 1);

@@ -1,10 +1,10 @@
 //! From a trained model to an artifact, and back to what scoring and sampling need.
 
-use super::{Artifact, ByteTableSection, PieceRow};
+use super::{Artifact, ByteTableSection, PieceRow, TensorRow};
 use crate::data::byte_table::ByteTable;
 use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
-use crate::host::HostTensor;
+use crate::host::{HostTensor, HostType};
 use crate::model;
 use crate::model::plan::{Bank, Plan};
 use crate::ops::weight_form::WeightForm;
@@ -37,6 +37,19 @@ pub fn parse_recipe(toml: &str, place: &str) -> Result<Recipe> {
     let recipe = Recipe::from_toml(toml, place.as_ref())?;
     model::check(&recipe)?;
     Ok(recipe)
+}
+
+/// The names and shapes of an artifact's tensors as the model has them, matrices joined to their banks; `place` names the
+/// file for errors.
+pub fn layout(recipe: &Recipe, tensors: &[TensorRow], place: &str) -> Result<Vec<(String, Vec<usize>)>> {
+    let bare = |row: &TensorRow| HostTensor {
+        name: row.name.clone(),
+        shape: row.shape.clone(),
+        dtype: HostType::F32,
+        bytes: Vec::new(),
+    };
+    let joined = join_banks(tensors.iter().map(bare).collect(), &Plan::of(recipe)?.banks, place)?;
+    Ok(joined.into_iter().map(|tensor| (tensor.name, tensor.shape)).collect())
 }
 
 /// A model made ready for a scheme: its tensors as they are quantised, one by one, and the rules.
@@ -182,7 +195,13 @@ impl Artifact {
                 format!("the recipe's vocab_size={}", recipe.vocab_size),
             ));
         }
-        let params: Result<Vec<HostTensor>> = self.tensors.iter().map(|tensor| tensor.dequantize()).collect();
+        let dequantize = |tensor: &QuantTensor| {
+            tensor.dequantize().map_err(|error| match error {
+                Error::Input { what, expected, .. } => Error::input(what, place, expected),
+                other => other,
+            })
+        };
+        let params: Result<Vec<HostTensor>> = self.tensors.iter().map(dequantize).collect();
         let params = join_banks(params?, &Plan::of(&recipe)?.banks, place)?;
         Ok(Contents {
             recipe,
@@ -236,10 +255,13 @@ fn split_banks(tensors: Vec<HostTensor>, banks: &[Bank]) -> Result<Vec<HostTenso
     Ok(split)
 }
 
-/// The inverse: a bank whose first matrix is there is put where that stands.
+/// The inverse: a bank whose first matrix is there is put where that stands. Matrices beside a bank that is whole are left
+/// for the model to refuse.
 fn join_banks(tensors: Vec<HostTensor>, banks: &[Bank], place: &str) -> Result<Vec<HostTensor>> {
-    let mut joined: Vec<HostTensor> = Vec::with_capacity(tensors.len());
+    let is_split = |bank: &&Bank| tensors.iter().all(|tensor| tensor.name != bank.name);
+    let banks: Vec<&Bank> = banks.iter().filter(is_split).collect();
     let bank_of = |name: &str| banks.iter().find(|bank| bank.members.iter().any(|member| member == name));
+    let mut joined: Vec<HostTensor> = Vec::with_capacity(tensors.len());
     for tensor in tensors {
         let Some(bank) = bank_of(&tensor.name) else {
             joined.push(tensor);
@@ -301,6 +323,11 @@ mod tests {
         let mut reshaped = split;
         reshaped[1].shape = vec![2, 3];
         assert_eq!(join_banks(reshaped, &banks, "here").unwrap_err().exit_code(), 2);
+        // A matrix beside its whole bank, be that a scalar, stays what it is.
+        for whole in [tensors[0].clone(), HostTensor::from_f32("qo", &[], &[1.0])] {
+            let both = vec![whole, HostTensor::from_f32("q", &[3, 2], &values(6, 0.0))];
+            assert_eq!(join_banks(both.clone(), &banks, "here").unwrap(), both);
+        }
         assert!(split_banks(vec![HostTensor::from_f32("qo", &[3, 1], &values(3, 0.0))], &banks).is_err());
     }
 

@@ -1,8 +1,9 @@
 //! The artifact: one self-contained file with everything that scoring and sampling need, checked to the last bit.
 //!
 //! [`container`] is the file's frame, [`codec`] its compressors, [`vocabulary`] and [`tensor_table`] what the sections
-//! hold, [`budget`] the count of bytes against the challenge's cap. Nothing in a file is ever executed, and no length in
-//! it is believed before it is checked.
+//! hold, [`arrange`] how the tensors' bytes lie. `assemble` makes an artifact of a model and a model of an artifact, `fit`
+//! fits one into a budget, `budget` counts the bytes against the challenge's cap. Nothing in a file is ever executed, and no
+//! length in it is believed before it is checked.
 
 pub mod arrange;
 // The fuzz targets compile the readers alone, without models and their tensors (`fuzz/src/lib.rs`).
@@ -240,7 +241,8 @@ struct Recipe {
 fn read_recipe(bytes: &[u8], place: &str) -> Result<Recipe> {
     let mut cursor = Cursor::new(bytes, "recipe", place);
     let recipe_toml = cursor.str("recipe")?.to_owned();
-    let quant = cursor.str("quantisation")?.to_owned();
+    let quant = cursor.str("quantisation")?;
+    let quant = cursor.line("quantisation", quant)?.to_owned();
     let count = cursor.count("notes", MAX_NOTES)?;
     let mut notes = BTreeMap::new();
     for _ in 0..count {

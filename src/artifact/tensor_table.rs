@@ -381,11 +381,7 @@ pub fn decode(bytes: &[u8], data_len: u64, place: &str) -> Result<TensorTable> {
 
 fn read_name<'a>(cursor: &mut Cursor<'a>) -> Result<&'a str> {
     let bytes = cursor.take_until(b'\n')?;
-    let name = cursor.utf8("tensor name", bytes)?;
-    if name.contains(char::is_control) {
-        return Err(cursor.bad(format!("tensor name {name:?}"), "no control characters"));
-    }
-    Ok(name)
+    cursor.line("tensor name", cursor.utf8("tensor name", bytes)?)
 }
 
 fn read_numbers<T: Copy>(cursor: &mut Cursor, count: usize, known: &[(u8, T)], what: &str) -> Result<Vec<T>> {

@@ -120,6 +120,14 @@ impl<'a> Cursor<'a> {
         std::str::from_utf8(bytes).map_err(|_| self.bad(format!("{what} is not UTF-8"), "text"))
     }
 
+    /// `text`, which is to be shown on one line.
+    pub fn line(&self, what: &str, text: &'a str) -> Result<&'a str> {
+        match text.contains(char::is_control) {
+            false => Ok(text),
+            true => Err(self.bad(format!("{what} {text:?}"), "no control characters")),
+        }
+    }
+
     /// `len` flags.
     pub fn bits(&mut self, len: usize) -> Result<Vec<bool>> {
         let bytes = self.take(len.div_ceil(8))?;

@@ -22,7 +22,7 @@ pub struct Args {
     /// Quantisation: fp16, int8 (the challenge's), intN, gptq-intN (N from 2 to 8), ternary
     #[arg(long, value_name = "SCHEME", default_value = "int8")]
     quant: String,
-    /// Compression: brotli, lzma, zstd, zlib, xz9 (lzma with all of xz's preset 9, as the PRs have it) [default: brotli; with
+    /// Compression: brotli, lzma, zstd, zlib, xz9 (lzma with xz's preset 9, as the PRs have it) [default: brotli; with
     /// --budget the first that fits, else the smallest]
     #[arg(long, value_name = "CODEC")]
     codec: Option<String>,

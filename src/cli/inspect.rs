@@ -2,7 +2,7 @@
 
 use super::{output, source};
 use crate::artifact::Artifact;
-use crate::artifact::assemble::parse_recipe;
+use crate::artifact::assemble::{layout, parse_recipe};
 use crate::error::{Error, Result};
 use crate::model;
 use crate::recipe::Recipe;
@@ -98,7 +98,8 @@ fn of_artifact(path: &Path) -> Result<Report> {
     let found = Artifact::inspect(path)?;
     let place = path.display().to_string();
     let recipe = parse_recipe(&found.recipe_toml, &place)?;
-    let tensors: Vec<_> = found.tensors.iter().map(|row| (row.name.as_str(), row.shape.as_slice())).collect();
+    let layout = layout(&recipe, &found.tensors, &place)?;
+    let tensors: Vec<_> = layout.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
     expect_params(&recipe, &tensors, &place)?;
     let row = |row: crate::artifact::TensorRow| Row {
         name: row.name,

@@ -73,10 +73,10 @@ pub(super) fn round_even(x: f32) -> f32 {
     (x + SHIFT) - SHIFT
 }
 
-/// The code of a weight; 0 where there is no step.
+/// The code of a weight; 0 where the step is 0 (of a row of zeros, or of weights that float16 has no step for).
 fn code(weight: f32, step: f32, most: f32) -> i8 {
-    // Bounds are integers, so that clamping first gives the same code. 0 / 0 and NaN become 0.
-    round_even((weight / step).clamp(-most, most)) as i8
+    // Bounds are integers, so that clamping first gives the same code.
+    if step > 0.0 { round_even((weight / step).clamp(-most, most)) as i8 } else { 0 }
 }
 
 impl Rule {
@@ -87,7 +87,8 @@ impl Rule {
         let at = |q: f32| quantile_sorted(magnitudes, q);
         match self {
             Self::Challenge => {
-                vec![at(CLIP_QUANTILE)].into_iter().map(|clip| (floored(clip), clip)).collect()
+                let clip = at(CLIP_QUANTILE);
+                vec![(floored(clip), clip)]
             }
             Self::Pr1607 => QUANTILES_1607.iter().map(|&q| at(q)).map(|clip| (floored(clip), clip)).collect(),
             Self::Pr1382 => stored_steps(bits, magnitudes).map(|step| (step, f32::INFINITY)).collect(),
@@ -274,6 +275,16 @@ mod tests {
             assert_eq!(rule.whole(&[0.0; 2], 6).codes, [0; 2]);
             assert_eq!(rule.whole(&[], 6).scales.len(), 1);
         }
+    }
+
+    #[test]
+    fn rows_too_small_for_a_step_are_zeros() {
+        // 1e-8 / 127 is below float16's least number, 6e-8; 1e-4 / 127 is above it.
+        let coded = Rule::Own.rows(&[1e-8, -1e-8, 1e-4, -1e-4], 2, 8);
+        assert_eq!((&coded.codes[..2], coded.scales[0]), (&[0, 0][..], 0.0));
+        assert!(coded.scales[1] > 0.0 && coded.codes[2] > 100 && coded.codes[3] < -100, "{coded:?}");
+        let coded = Rule::Own.whole(&[1e-8, -1e-8], 8);
+        assert_eq!((coded.codes, coded.scales), (vec![0, 0], vec![0.0]));
     }
 
     fn rows8(values: &[f32], cols: usize) -> (Vec<i8>, Vec<f32>) {

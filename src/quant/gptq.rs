@@ -13,7 +13,7 @@
 //! matrix by one product a block. Sums over rows are taken in the order of the rows, so that results do not depend on threads.
 
 use super::clip::{Coded, Rule, first_least, max_code, sorted_magnitudes, stored_steps};
-use super::hessian::DAMP;
+use super::hessian::{DAMP, times};
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::matmul::matmul;
@@ -276,11 +276,10 @@ pub fn output_loss(weights: &[f32], restored: &[f32], hessian: &[f64]) -> f64 {
     if n == 0 {
         return 0.0;
     }
-    let rows = weights.len() / n;
-    let difference: Vec<f64> =
-        weights.iter().zip(restored).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
-    let difference = MatRef::from_row_major_slice(&difference, rows, n);
-    let hessian = MatRef::from_row_major_slice(hessian, n, n);
-    let product = difference * hessian;
-    (0..rows).map(|i| (0..n).map(|j| product[(i, j)] * difference[(i, j)]).sum::<f64>()).sum()
+    let error: Vec<f64> = weights.iter().zip(restored).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
+    let product = times(&error, hessian, n);
+    let of_row = |(i, row): (usize, &[f64])| -> f64 {
+        row.iter().enumerate().map(|(j, error)| error * product[(i, j)]).sum()
+    };
+    error.chunks(n).enumerate().map(of_row).sum()
 }

@@ -4,7 +4,7 @@
 //! diagonal. A layer that runs several times in a forward pass adds each of its runs.
 
 use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 /// The share of the mean diagonal that collecting adds to the diagonal, and that [`super::gptq`] adds again.
 pub const DAMP: f64 = 0.01;
@@ -75,6 +75,17 @@ impl Hessian {
 /// The mean of the diagonal of `h[n, n]`.
 pub(super) fn mean_diagonal(h: &[f64], n: usize) -> f64 {
     (0..n).map(|i| h[i * n + i]).sum::<f64>() / n.max(1) as f64
+}
+
+/// E H of `error[rows, n]` and `hessian[n, n]`, on one thread: callers run tensors in parallel, and the bits must not depend
+/// on what is free beside.
+pub(super) fn times(error: &[f64], hessian: &[f64], n: usize) -> Mat<f64> {
+    let rows = error.len() / n.max(1);
+    let mut product = Mat::zeros(rows, n);
+    let error = MatRef::from_row_major_slice(error, rows, n);
+    let hessian = MatRef::from_row_major_slice(hessian, n, n);
+    matmul(product.as_mut(), Accum::Replace, error, hessian, 1.0, Par::Seq);
+    product
 }
 
 #[cfg(test)]

@@ -10,11 +10,10 @@
 //! PR #1382 prunes only its codes of 6 bits, by s^2, ties in the order of the state dict (`spec/pr1382.md` section 7).
 
 use super::exports::Hessians;
-use super::hessian::mean_diagonal;
+use super::hessian::{mean_diagonal, times};
 use super::storage::{QuantTensor, Storage};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
-use faer::MatRef;
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -127,10 +126,7 @@ fn of_tensor(
     let weights = live.to_f32();
     let error: Vec<f64> = weights.iter().zip(&restored).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
     let hessian = hessian.filter(|h| h.len() == cols * cols && matches!(*tensor.shape, [_, n] if n == cols));
-    let product = hessian.filter(|_| cost == Cost::Error).map(|hessian| {
-        let rows = error.len() / cols;
-        MatRef::from_row_major_slice(&error, rows, cols) * MatRef::from_row_major_slice(hessian, cols, cols)
-    });
+    let product = hessian.filter(|_| cost == Cost::Error).map(|hessian| times(&error, hessian, cols));
     let candidate = |(element, code): (usize, &u8)| {
         let code = code.cast_signed();
         if code.unsigned_abs() != 1 {

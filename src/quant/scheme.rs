@@ -60,25 +60,20 @@ impl FromStr for Scheme {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let bits = |text: Option<&str>| -> Option<u8> {
-            let bits = text?.parse().ok()?;
-            (BITS.contains(&bits) && text == Some(bits.to_string().as_str())).then_some(bits as u8)
-        };
-        match text {
-            "int8" => Some(Self::Int8),
-            "fp16" => Some(Self::Fp16),
-            "ternary" => Some(Self::Ternary),
-            _ => bits(text.strip_prefix("gptq-int"))
-                .map(Self::Gptq)
-                .or_else(|| bits(text.strip_prefix("int")).map(Self::Int)),
-        }
-        .ok_or_else(|| {
-            Error::input(
-                format!("unknown quantisation {text:?}"),
-                "--quant",
-                format!("one of {} (N from 2 to 8)", Self::NAMES.join(", ")),
-            )
-        })
+        let searched = BITS.map(|bits| Self::Int(bits as u8)).filter(|scheme| *scheme != Self::Int(8));
+        let gptq = BITS.map(|bits| Self::Gptq(bits as u8));
+        [Self::Int8, Self::Fp16, Self::Ternary]
+            .into_iter()
+            .chain(searched)
+            .chain(gptq)
+            .find(|scheme| scheme.to_string() == text)
+            .ok_or_else(|| {
+                Error::input(
+                    format!("unknown quantisation {text:?}"),
+                    "--quant",
+                    format!("one of {} (N from 2 to 8)", Self::NAMES.join(", ")),
+                )
+            })
     }
 }
 
@@ -92,9 +87,19 @@ mod tests {
         for scheme in by_bits.chain([Scheme::Int8, Scheme::Fp16, Scheme::Ternary]) {
             assert_eq!(scheme.to_string().parse::<Scheme>().unwrap(), scheme);
         }
-        for text in
-            ["", "int", "int1", "int9", "int06", "int+6", "gptq", "gptq-int9", "gptq-int-6", "INT8", "ternary2"]
-        {
+        for text in [
+            "",
+            "int",
+            "int1",
+            "int9",
+            "int06",
+            "int+6",
+            "gptq",
+            "gptq-int9",
+            "gptq-int-6",
+            "INT8",
+            "ternary2",
+        ] {
             let error = text.parse::<Scheme>().unwrap_err();
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains("fp16, intN, gptq-intN, ternary"), "{error}");

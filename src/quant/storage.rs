@@ -203,7 +203,7 @@ impl QuantTensor {
     /// A tensor stored raw in a wider type (float64, int64) is rounded to float32.
     ///
     /// # Errors
-    /// Parts that do not fit the shape, codes beyond their bits, and a scale that is not a finite number.
+    /// Parts that do not fit the shape, codes beyond their bits, and a scale or weight that is not a finite number.
     pub fn dequantize(&self) -> Result<HostTensor> {
         self.check()?;
         let values = match (self.storage, self.parts.as_slice()) {
@@ -230,6 +230,13 @@ impl QuantTensor {
             (_, parts) => parts.first().map(HostTensor::to_f32).unwrap_or_default(),
         };
         let rounded = rounded(values.into_iter(), self.original);
+        if let Some(at) = rounded.iter().position(|weight| !weight.is_finite()) {
+            return Err(Error::input(
+                format!("tensor {} restores to {} at element {at}", self.name, rounded[at]),
+                &self.name,
+                "finite weights",
+            ));
+        }
         Ok(HostTensor::from_f32(self.name.clone(), &self.shape, &rounded))
     }
 

@@ -45,10 +45,24 @@ impl Packing {
             .collect()
     }
 
-    /// The first `count` codes; none if `packed` is not as long as they are, or holds a digit that no code has (in the
-    /// filling too: one matrix has one packing).
+    /// Whether `packed` is how so many codes are packed: as long as they are, and no digit that no code has (in the filling
+    /// too: one matrix has one packing).
+    fn is_packed(self, packed: &[u8], count: usize) -> bool {
+        let (per_byte, base) = self.digits();
+        let is_codes = |byte: &u8| match self {
+            Self::TwoBits => byte & (byte >> 1) & 0b0101_0101 == 0,
+            Self::FiveTrits => *byte < 243,
+        };
+        let used = count % per_byte;
+        let is_filled = |last: &u8| used == 0 || *last < base.pow(used as u32);
+        packed.len() == self.bytes(count)
+            && packed.iter().all(is_codes)
+            && packed.last().is_none_or(is_filled)
+    }
+
+    /// The first `count` codes; none if `packed` is not what so many codes are packed as.
     pub fn unpack(self, packed: &[u8], count: usize) -> Option<Vec<i8>> {
-        if packed.len() != self.bytes(count) {
+        if !self.is_packed(packed, count) {
             return None;
         }
         let (per_byte, base) = self.digits();
@@ -56,20 +70,40 @@ impl Packing {
         for &byte in packed {
             let mut rest = byte;
             for _ in 0..per_byte {
-                let digit = rest % base;
-                if digit > 2 {
-                    return None;
-                }
-                codes.push(digit.cast_signed() - 1);
+                codes.push((rest % base).cast_signed() - 1);
                 rest /= base;
             }
-            if rest > 0 {
-                return None;
-            }
         }
-        let filling = codes.split_off(count);
-        filling.iter().all(|&code| code == -1).then_some(codes)
+        codes.truncate(count);
+        Some(codes)
     }
+
+    /// The packed transpose of a packed matrix [rows, cols]; none if it is not packed so. Never unpacked: that would take
+    /// five times the memory.
+    pub fn transpose(self, packed: &[u8], rows: usize, cols: usize) -> Option<Vec<u8>> {
+        self.is_packed(packed, rows * cols).then(|| match self {
+            Self::TwoBits => transpose_digits::<4, 4>(packed, rows, cols),
+            Self::FiveTrits => transpose_digits::<5, 3>(packed, rows, cols),
+        })
+    }
+}
+
+/// The transpose of a matrix [rows, cols] of digits to base `BASE`, `PER_BYTE` a byte.
+fn transpose_digits<const PER_BYTE: usize, const BASE: u8>(
+    packed: &[u8],
+    rows: usize,
+    cols: usize,
+) -> Vec<u8> {
+    let places: [u8; PER_BYTE] = std::array::from_fn(|place| BASE.pow(place as u32));
+    let digit = |at: usize| packed[at / PER_BYTE] / places[at % PER_BYTE] % BASE;
+    let mut transposed = vec![0; packed.len()];
+    for col in 0..cols {
+        for row in 0..rows {
+            let at = col * rows + row;
+            transposed[at / PER_BYTE] += digit(row * cols + col) * places[at % PER_BYTE];
+        }
+    }
+    transposed
 }
 
 /// A matrix in ternary codes.
@@ -152,6 +186,24 @@ mod tests {
         assert!(Packing::TwoBits.unpack(&[0b0100_0000], 3).is_none());
         assert!(Packing::FiveTrits.unpack(&[81], 4).is_none());
         assert!(Packing::FiveTrits.unpack(&[80], 4).is_some());
+        for (packing, byte, rows) in [(Packing::TwoBits, 0b0100_0000, 3), (Packing::FiveTrits, 81, 4)] {
+            assert!(packing.transpose(&[byte], rows, 1).is_none());
+            assert!(packing.transpose(&[byte], 1, rows + 1).is_some());
+            assert!(packing.transpose(&[byte], 3, 3).is_none());
+        }
+    }
+
+    #[test]
+    fn a_packed_matrix_is_transposed_as_its_codes_are() {
+        for packing in [Packing::TwoBits, Packing::FiveTrits] {
+            for (rows, cols) in [(0, 3), (1, 1), (1, 9), (7, 1), (4, 5), (13, 11), (20, 30)] {
+                let code = |row: usize, col: usize| ((row * row + 2 * col * row + col) % 3) as i8 - 1;
+                let by_rows: Vec<i8> = (0..rows * cols).map(|at| code(at / cols, at % cols)).collect();
+                let by_cols: Vec<i8> = (0..rows * cols).map(|at| code(at % rows, at / rows)).collect();
+                let transposed = packing.transpose(&packing.pack(&by_rows), rows, cols);
+                assert_eq!(transposed, Some(packing.pack(&by_cols)), "{packing:?} {rows} x {cols}");
+            }
+        }
     }
 
     #[test]

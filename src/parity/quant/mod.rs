@@ -33,17 +33,17 @@ fn inputs<P: Plain>(case: &Case<'_, P>) -> Result<Vec<HostTensor>> {
     named.collect()
 }
 
-/// A matrix of finite floats, and its sizes.
+/// A matrix of finite floats, and its sizes, neither of them 0.
 fn matrix<P: Plain>(case: &Case<'_, P>, name: &str) -> Result<(Vec<f64>, [usize; 2])> {
     let tensor = case.host(name)?;
-    let &[rows, columns] = tensor.shape.as_slice() else {
-        return Err(Error::input(
+    match *tensor.shape {
+        [rows, columns] if rows > 0 && columns > 0 => Ok((finite(tensor)?, [rows, columns])),
+        _ => Err(Error::input(
             format!("tensor {name} has shape {:?}", tensor.shape),
             "the file",
-            "two dimensions",
-        ));
-    };
-    Ok((finite(tensor)?, [rows, columns]))
+            "two sizes above 0",
+        )),
+    }
 }
 
 fn finite(tensor: &HostTensor) -> Result<Vec<f64>> {
