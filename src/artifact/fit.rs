@@ -124,7 +124,7 @@ pub fn fit(
         return Err(missed(sizes.bytes, "has no codes to prune"));
     }
     let step = candidates.len().div_ceil(STEPS);
-    let mut pack = |steps: usize, arrangements: Option<&[Arrangement]>| -> Result<Packed> {
+    let pack = |steps: usize, arrangements: Option<&[Arrangement]>| -> Result<Packed> {
         let count = (steps * step).min(candidates.len());
         let pruned = Artifact {
             tensors: candidates.prune(&artifact.tensors, count),
@@ -140,7 +140,7 @@ pub fn fit(
         Ok(Packed { count, artifact: pruned, arrangements, file, sizes })
     };
     let savings = candidates.savings(&artifact.tensors, step);
-    let packed = search(sizes.bytes, &savings, room, &mut pack)?;
+    let packed = search(sizes.bytes, &savings, room, pack)?;
     if packed.sizes.bytes > room {
         let pruning = format!("reaches with all {} codes of +-1 pruned", candidates.len());
         return Err(missed(packed.sizes.bytes.min(sizes.bytes), &pruning));
@@ -174,7 +174,7 @@ fn search(
     whole: u64,
     savings: &[f64],
     room: u64,
-    pack: &mut dyn FnMut(usize, Option<&[Arrangement]>) -> Result<Packed>,
+    mut pack: impl FnMut(usize, Option<&[Arrangement]>) -> Result<Packed>,
 ) -> Result<Packed> {
     let all = savings.len() - 1;
     let slack = room / SLACK;
@@ -248,7 +248,7 @@ mod tests {
             tensors: vec![],
         };
         let mut packed = Vec::new();
-        let mut pack = |steps: usize, _: Option<&[Arrangement]>| {
+        let pack = |steps: usize, _: Option<&[Arrangement]>| {
             packed.push(steps);
             let sections = Kind::ALL.map(|kind| (kind, 0, 0));
             Ok(Packed {
@@ -259,7 +259,7 @@ mod tests {
                 sizes: Sizes { bytes: bytes(steps), payload_bytes: 0, sections },
             })
         };
-        let found = search(bytes(0), savings, room, &mut pack).unwrap();
+        let found = search(bytes(0), savings, room, pack).unwrap();
         assert_eq!(found.sizes.bytes, bytes(found.count));
         (packed, found.sizes.bytes)
     }

@@ -50,13 +50,12 @@ impl Packing {
             hessians: prepared.hessians(),
             cost: prepared.cost(),
         };
-        let bar = progress::bar("fit", 0);
+        let spinner = progress::spinner("fit");
         let fitted = fit(artifact, &limit, &mut |line| {
-            bar.set_message(line.to_owned());
-            bar.tick();
+            spinner.set_message(line.to_owned());
             guards::check_interrupt("the artifact is not written")
         });
-        bar.finish_and_clear();
+        spinner.finish_and_clear();
         let fitted = fitted?;
         files::write_atomic(out, &fitted.file)?;
         let tried = fitted.tried.iter().map(|&(codec, bytes)| Tried { codec: codec.to_string(), bytes });
