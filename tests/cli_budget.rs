@@ -5,17 +5,9 @@ mod cli_common;
 use cli_common::{Place, number};
 use std::fs;
 
-/// A place with shards and a short run in `run` whose embedding and MLP have more than 65,536 elements each.
-fn trained() -> Place {
-    let place = Place::with_data();
-    let more = "--set model_dim=256 --set num_layers=1 --set mlp_mult=2 --set val_loss_every=0 --steps 6";
-    place.train("run", more).clean();
-    place
-}
-
 #[test]
 fn a_budget_is_met_by_a_codec_or_by_pruning() {
-    let place = trained();
+    let place = Place::with_large_run();
     let export =
         |more: &str| place.line(&format!("export run --quant int6 --device cpu --json {more}")).json();
     let whole = export("--codec zlib --out whole");
@@ -41,9 +33,15 @@ fn a_budget_is_met_by_a_codec_or_by_pruning() {
     let [codes, all] = ["codes", "candidates"].map(|key| pruned[key].as_u64().unwrap());
     assert!(0 < codes && codes <= all && number(pruned, "cost").is_finite(), "{pruned}");
     let cost = number(fit, "bpb_cost");
-    assert!(cost.abs() < 0.1, "{cost}");
-    assert!((number(&fitted["bpb"], "artifact") - cost - number(&fitted["bpb"], "live")).abs() < 0.1);
-    place.line("eval fitted --data data --device cpu --json").json();
+    // What pruning cost is the difference of the two files' scores.
+    let [before, after] = ["whole", "fitted"].map(|file| {
+        number(&place.line(&format!("eval {file} --data data --device cpu --json")).json(), "val_bpb")
+    });
+    assert_eq!(number(&fitted["bpb"], "artifact"), after);
+    assert!(cost != 0.0 && (cost - (after - before)).abs() < 1e-12, "{cost} {before} {after}");
+    let shown = place.line("inspect fitted").clean().stdout;
+    assert!(shown.contains("\ncodec: zlib\n"), "{shown}");
+    assert!(shown.contains(&format!("\npruned: {codes} of {all} codes of +-1\n")), "{shown}");
 
     let line = format!("export run --quant int6 --codec zlib --budget {budget} --out text");
     let text = place.line(&line).clean().stdout;
@@ -54,7 +52,7 @@ fn a_budget_is_met_by_a_codec_or_by_pruning() {
 
 #[test]
 fn budgets_that_cannot_be_met_leave_nothing_behind() {
-    let place = trained();
+    let place = Place::with_large_run();
     place
         .line("export run --budget 1000 --codec zstd --out none")
         .fails(2, &["--budget", "at least", "zstd"]);
@@ -66,7 +64,7 @@ fn budgets_that_cannot_be_met_leave_nothing_behind() {
 
 #[test]
 fn the_prs_setting_of_xz_is_there() {
-    let place = trained();
+    let place = Place::with_large_run();
     let report = place.line("export run --codec xz9 --out xz9 --json").json();
     assert_eq!(report["codec"], "xz9");
     let lzma = place.line("export run --codec lzma --out lzma --json").json();

@@ -6,14 +6,6 @@ use cli_common::{Place, keys, number};
 use serde_json::Value;
 use std::fs;
 
-/// A place with shards and a short run in `run` whose embedding and MLP have more than 65,536 elements each.
-fn trained() -> Place {
-    let place = Place::with_data();
-    let more = "--set model_dim=256 --set num_layers=1 --set mlp_mult=2 --set val_loss_every=0 --steps 6";
-    place.train("run", more).clean();
-    place
-}
-
 fn export(place: &Place, more: &str) -> Value {
     place.line(&format!("export run --device cpu --json {more}")).json()
 }
@@ -27,7 +19,7 @@ const MLP: [&str; 2] = ["blocks.0.mlp.fc.weight", "blocks.0.mlp.proj.weight"];
 
 #[test]
 fn gptq_is_calibrated_by_the_model_or_by_data() {
-    let place = trained();
+    let place = Place::with_large_run();
     let report = export(&place, "--quant gptq-int4 --calibrate self:4 --out own");
     assert_eq!(report["quant"], "gptq-int4");
     let calibration = &report["calibration"];
@@ -66,7 +58,7 @@ fn gptq_is_calibrated_by_the_model_or_by_data() {
 
 #[test]
 fn losses_are_those_of_the_file_that_was_written() {
-    let place = trained();
+    let place = Place::with_large_run();
     let live = place.line("eval run --data data --device cpu --json").json();
     let mut squared = Vec::new();
     for scheme in ["fp16", "int8", "int6", "gptq-int6", "gptq-int2", "ternary"] {
@@ -102,7 +94,7 @@ fn losses_are_those_of_the_file_that_was_written() {
 
 #[test]
 fn for_people_it_lists_the_largest_losses() {
-    let place = trained();
+    let place = Place::with_large_run();
     let line = "export run --device cpu --quant gptq-int3 --calibrate self:3 --data data";
     let text = place.line(line).clean().stdout;
     assert!(text.starts_with("device: cpu "), "{text}");
@@ -128,7 +120,7 @@ fn for_people_it_lists_the_largest_losses() {
 
 #[test]
 fn calibrations_that_cannot_be() {
-    let place = trained();
+    let place = Place::with_large_run();
     fs::create_dir(place.path("empty")).unwrap();
     let fails = |line: &str, parts: &[&str]| {
         place.line(line).fails(2, parts);

@@ -30,6 +30,7 @@ pub use vocabulary::{ByteTableSection, PieceRow};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::quant::{QuantTensor, Stats};
+use arrange::Arrangement;
 use container::{Container, Kind, MAX_FILE_BYTES, Sealed};
 use std::collections::BTreeMap;
 use std::io::{Read, sink};
@@ -120,16 +121,18 @@ impl Artifact {
     /// Content that a reader would refuse (columns of different lengths, parts that do not fit a shape, a name used
     /// twice, more than the caps), and a codec that fails.
     pub fn pack(&self, codec: Codec) -> Result<(Vec<u8>, Sizes)> {
+        self.pack_arranged(codec, &tensor_table::arrange(&self.tensors, codec)?)
+    }
+
+    /// The same with an arrangement for each part ([`tensor_table::arrange`]), half of the work.
+    pub fn pack_arranged(&self, codec: Codec, arrangements: &[Arrangement]) -> Result<(Vec<u8>, Sizes)> {
         let place = "the artifact to be written";
         vocabulary::check(&self.byte_table, &self.pieces, place)?;
         let recipe = self.recipe_section();
         read_recipe(&recipe, place)?;
         let vocabulary = vocabulary::encode(&self.byte_table, &self.tokenizer_kind, &self.pieces);
-        let tensor_table::Encoded { table, data, cuts } = tensor_table::encode_arranged(
-            &self.tensors,
-            &tensor_table::arrange(&self.tensors, codec)?,
-            place,
-        )?;
+        let tensor_table::Encoded { table, data, cuts } =
+            tensor_table::encode_arranged(&self.tensors, arrangements, place)?;
         let sealed = [
             Sealed::pack(Kind::Recipe, Codec::Brotli, &recipe, &[])?,
             Sealed::pack(Kind::Vocabulary, Codec::Brotli, &vocabulary, &[])?,

@@ -9,6 +9,7 @@ use crate::artifact::{Artifact, Budget, Codec};
 use crate::error::{Error, Result};
 use crate::quant::{Scheme, TensorLoss};
 use crate::train::log::lines;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Quantise and pack a run into one self-contained artifact
@@ -80,6 +81,10 @@ pub fn run(args: Args) -> Result<()> {
     let packing = Packing::parse(args.codec.as_deref(), args.budget)?;
     let calibrate = calibration::Tokens::parse(args.calibrate.as_deref(), scheme)?;
     let out = args.out.unwrap_or_else(|| args.run.join("model.fairway"));
+    if out.is_dir() {
+        // Said before minutes of work, not after them.
+        return Err(Error::write(&out, &ErrorKind::IsADirectory.into()));
+    }
     let source = load(&args.run)?;
     let calibrate = calibrate.map(|tokens| tokens.open(&source)).transpose()?;
     let text = args.data.map(|data| export_loss::text(&source, &data)).transpose()?;

@@ -50,13 +50,12 @@ impl Packing {
             hessians: prepared.hessians(),
             cost: prepared.cost(),
         };
-        let bar = progress::bar("fit", 0);
+        let spinner = progress::spinner("fit");
         let fitted = fit(artifact, &limit, &mut |line| {
-            bar.set_message(line.to_owned());
-            bar.tick();
+            spinner.set_message(line.to_owned());
             guards::check_interrupt("the artifact is not written")
         });
-        bar.finish_and_clear();
+        spinner.finish_and_clear();
         let fitted = fitted?;
         files::write_atomic(out, &fitted.file)?;
         let tried = fitted.tried.iter().map(|&(codec, bytes)| Tried { codec: codec.to_string(), bytes });
@@ -124,13 +123,13 @@ impl Report {
         let sizes: Vec<String> =
             self.tried.iter().map(|tried| format!("{} {}", tried.codec, tried.bytes)).collect();
         output::line(format!("budget of {} bytes: whole artifact {}", self.budget, sizes.join(", ")));
-        let Some(Pruned { codes, candidates, step, cost }) = self.pruned else {
+        let Some(Pruned { codes, candidates, cost }) = self.pruned else {
             return output::line("nothing had to be pruned");
         };
         let share = 100.0 * codes as f64 / candidates.max(1) as f64;
         let bpb = self.bpb_cost.map_or("not measured without --data".into(), |cost| format!("{cost:+.5}"));
         output::line(format!(
-            "pruned {codes} of {candidates} codes of +-1 ({share:.2}%, searched by {step}); squared error {cost:+.4e}; val_bpb {bpb}"
+            "pruned {codes} of {candidates} codes of +-1 ({share:.2}%); squared error {cost:+.4e}; val_bpb {bpb}"
         ));
     }
 }

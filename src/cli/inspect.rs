@@ -38,6 +38,8 @@ struct Report {
     recipe: Recipe,
     quant: Option<String>,
     bytes: Option<u64>,
+    /// What else an artifact says of itself, a line each.
+    notes: Vec<String>,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -53,7 +55,7 @@ pub fn run(args: Args) -> Result<()> {
             Row { name, shape, dtype: "F32".into(), scales: None, bytes }
         });
         let params = model::param_count(&recipe)?;
-        Report { params, tensors: rows.collect(), quant: None, bytes: None, recipe }
+        Report { params, tensors: rows.collect(), quant: None, bytes: None, notes: Vec::new(), recipe }
     };
     if args.json {
         return output::json(&serde_json::json!({
@@ -75,6 +77,7 @@ pub fn run(args: Args) -> Result<()> {
     if let (Some(quant), Some(bytes)) = (report.quant, report.bytes) {
         output::line(format!("quantisation: {quant}; file: {bytes} bytes"));
     }
+    report.notes.iter().for_each(output::line);
     Ok(())
 }
 
@@ -108,12 +111,18 @@ fn of_artifact(path: &Path) -> Result<Report> {
         scales: row.scales,
         bytes: row.bytes,
     };
+    // A file can say anything: no control character of it reaches a terminal.
+    let note = |(name, note): (String, String)| format!("{name}: {note}").replace(char::is_control, " ");
+    let [.., data] = &found.sections;
+    let codec = ("codec".to_owned(), data.codec.to_string());
+    let notes = std::iter::once(codec).chain(found.notes).map(note).collect();
     Ok(Report {
         params: found.params,
         tensors: found.tensors.into_iter().map(row).collect(),
         recipe,
         quant: Some(found.quant),
         bytes: Some(found.bytes),
+        notes,
     })
 }
 
@@ -133,5 +142,6 @@ fn of_run(path: &Path) -> Result<Report> {
         recipe: run.recipe,
         quant: Some("none".into()),
         bytes: Some(run.bytes),
+        notes: Vec::new(),
     })
 }

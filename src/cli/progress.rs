@@ -4,6 +4,7 @@ use super::output;
 use crate::error::Result;
 use crate::train::{Status, guards, log};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::time::Duration;
 
 /// Thousandths: the length of a bar whose end is a fraction.
 const WHOLE: u64 = 1000;
@@ -18,6 +19,15 @@ pub fn bar(name: &str, total: u64) -> ProgressBar {
     bar.set_style(style("{prefix} [{bar:30}] {percent}% {msg} ({eta} left)"));
     bar.set_prefix(name.to_string());
     bar
+}
+
+/// The same for work whose end nobody knows: what was last said of it, and for how long it has run.
+pub fn spinner(name: &str) -> ProgressBar {
+    let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    spinner.set_style(style("{prefix} [{elapsed}] {msg}"));
+    spinner.set_prefix(name.to_string());
+    spinner.enable_steady_tick(Duration::from_secs(1));
+    spinner
 }
 
 /// A callback of (done, total) for library calls that drives a bar and stops at Ctrl-C.

@@ -109,6 +109,14 @@ impl Place {
         self.run(self.small(out, more))
     }
 
+    /// A folder with shards and a short run in `run` whose embedding and MLP have more than 65,536 elements each.
+    pub fn with_large_run() -> Self {
+        let place = Self::with_data();
+        let more = "--set model_dim=256 --set num_layers=1 --set mlp_mult=2 --set val_loss_every=0 --steps 6";
+        place.train("run", more).clean();
+        place
+    }
+
     pub fn read(&self, name: impl AsRef<Path>) -> Vec<u8> {
         let path = self.path(name);
         fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
