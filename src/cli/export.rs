@@ -11,6 +11,7 @@ use crate::quant::{Scheme, TensorLoss};
 use crate::train::log::lines;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Quantise and pack a run into one self-contained artifact
 #[derive(clap::Args)]
@@ -64,6 +65,10 @@ pub struct Report {
     out: PathBuf,
     /// What GPTQ was calibrated with.
     calibration: Option<calibration::Report>,
+    /// Time for the codes, GPTQ's after calibration.
+    quantise_seconds: f64,
+    /// Time for compression, fitting and writing.
+    pack_seconds: f64,
     /// What quantisation costs each tensor.
     losses: Vec<TensorLoss>,
     /// What it costs the model, if there was data.
@@ -124,6 +129,10 @@ impl Report {
         if let Some(calibration) = &self.calibration {
             calibration.print();
         }
+        output::line(format!(
+            "quantised in {:.1} s, packed in {:.1} s",
+            self.quantise_seconds, self.pack_seconds
+        ));
         export_loss::print(&self.losses, verbose);
         let row = |name: &str, bytes: u64| vec![name.to_string(), bytes.to_string()];
         output::table(
@@ -170,8 +179,11 @@ fn write(
     scheme: Scheme,
     packing: Packing,
 ) -> Result<(Report, Option<Artifact>)> {
+    let started = Instant::now();
     let artifact = prepared.artifact(&contents.tokenizer)?;
+    let quantise_seconds = started.elapsed().as_secs_f64();
     let Written { artifact, codec, sizes, fit, whole } = packing.write(artifact, prepared, out)?;
+    let pack_seconds = started.elapsed().as_secs_f64() - quantise_seconds;
     let losses = prepared.losses(&artifact)?;
     let budget = Budget::of(&sizes)?;
     let (quant, codec) = (scheme.to_string(), codec.to_string());
@@ -186,6 +198,8 @@ fn write(
         codec,
         out: out.to_path_buf(),
         calibration: None,
+        quantise_seconds,
+        pack_seconds,
         losses,
         bpb: None,
         fit,
