@@ -306,7 +306,7 @@ fn matrices_of_banks_come_back_as_the_model_has_them() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.fwy");
     // The challenge's int8 knows no banks; under the others their matrices are tensors of their own.
-    for (scheme, is_split) in [(Scheme::Int8, false), (Scheme::Int6, true), (Scheme::Ternary, true)] {
+    for (scheme, is_split) in [(Scheme::Int8, false), (Scheme::Int(6), true), (Scheme::Ternary, true)] {
         let mut artifact = Artifact::assemble(&recipe, &Tokenizer::byte(), &params, scheme).unwrap();
         artifact.write(&path, Codec::Zlib).unwrap();
         let seen = Artifact::inspect(&path).unwrap();
