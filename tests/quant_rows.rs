@@ -89,7 +89,7 @@ fn live<'a>(tensors: &'a [HostTensor], name: &str) -> &'a HostTensor {
     tensors.iter().find(|tensor| tensor.name == name).unwrap_or_else(|| panic!("no {name}"))
 }
 
-fn of_rows<T>(values: &[T], rows: &Range<usize>) -> &[T] {
+fn of_rows<'a, T>(values: &'a [T], rows: &Range<usize>) -> &'a [T] {
     &values[rows.start * COLS..rows.end * COLS]
 }
 
