@@ -60,8 +60,8 @@ impl Mamba3Plan {
         self.b_row() + 2 * self.groups * self.state
     }
 
-    /// The rows of B, and of dd_dt, dd_A and trap, in in_proj: errors there add up over the positions that the state
-    /// remembers (`FP16_INPROJ_ROWS`, spec/pr1607.md section 6).
+    /// The rows of B, and of dd_dt, dd_A and trap, in in_proj: those that PR #1607's `FP16_INPROJ_ROWS` keeps float16
+    /// (spec/pr1607.md section 6).
     pub fn protected_rows(&self) -> ProtectedRows {
         let (b, dt) = (self.b_row(), self.dt_row());
         ProtectedRows {
