@@ -468,6 +468,39 @@ fn the_process_environment_gives_its_known_names() {
     assert_eq!(recipe.num_heads, 8, "a refused environment must change nothing");
 }
 
+#[test]
+fn protected_rows_are_asked_for_by_flag_file_or_environment() {
+    let plain = Recipe::load("pr1607").unwrap();
+    assert!(!plain.fp16_inproj_rows && !plain.to_toml().contains("fp16_inproj_rows = true"));
+    let expected = Recipe { fp16_inproj_rows: true, ..plain.clone() };
+    expected.validate().unwrap();
+    let mut set = plain.clone();
+    set.set("fp16_inproj_rows=true").unwrap();
+    assert_eq!(set, expected);
+    assert_eq!(Recipe::from_toml(&set.to_toml(), Path::new("r.toml")).unwrap(), expected);
+
+    let mut from_process = plain.clone();
+    let report = from_process.apply_env_map([("FP16_INPROJ_ROWS", "1")]).unwrap();
+    assert_eq!((report.applied, from_process), (vec!["FP16_INPROJ_ROWS"], expected.clone()));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("env.sh");
+    for (value, expected) in [("1", &expected), ("0", &plain)] {
+        std::fs::write(&path, format!("export FP16_INPROJ_ROWS={value}\n")).unwrap();
+        let mut from_file = plain.clone();
+        let report = from_file.apply_env_file(&path).unwrap();
+        assert_eq!((report.applied, report.warnings.len()), (vec!["FP16_INPROJ_ROWS"], 0));
+        assert_eq!(&from_file, expected);
+    }
+
+    // Another system has no such rows.
+    let (recipe, report) = from_env_file("FP16_INPROJ_ROWS=1");
+    let report = report.unwrap();
+    assert!(!recipe.fp16_inproj_rows && report.applied.is_empty());
+    assert!(report.warnings[0].ends_with("has no effect in system challenge: it is of pr1607"), "{report:?}");
+    let line = message(Recipe { fp16_inproj_rows: true, ..Recipe::default() }.validate().unwrap_err());
+    assert!(line.starts_with("fp16_inproj_rows = true in system challenge, "), "{line}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_known_name_that_is_not_text_is_refused() {

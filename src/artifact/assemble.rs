@@ -6,10 +6,13 @@ use crate::data::tokenizer::{Piece, PieceKind, Tokenizer};
 use crate::error::{Error, Result};
 use crate::host::{HostTensor, HostType};
 use crate::model;
-use crate::model::plan::{Bank, Plan};
+use crate::model::plan::{Bank, Plan, ProtectedRows};
 use crate::ops::weight_form::WeightForm;
+use crate::quant::rows::{self, RowSplit};
 use crate::quant::{Context, Cost, Export, Hessians, QuantTensor, Scheme, TensorLoss, losses, quantize_by};
 use crate::recipe::{PR1382, PR1607, PR1994, Recipe};
+use std::borrow::Cow;
+use std::collections::HashSet;
 
 /// Everything that scoring and sampling need of a model, in host memory.
 #[derive(Debug)]
@@ -39,8 +42,8 @@ pub fn parse_recipe(toml: &str, place: &str) -> Result<Recipe> {
     Ok(recipe)
 }
 
-/// The names and shapes of an artifact's tensors as the model has them, matrices joined to their banks; `place` names the
-/// file for errors.
+/// The names and shapes of an artifact's tensors as the model has them, parts joined to their matrices and matrices to their
+/// banks; `place` names the file for errors.
 pub fn layout(recipe: &Recipe, tensors: &[TensorRow], place: &str) -> Result<Vec<(String, Vec<usize>)>> {
     let bare = |row: &TensorRow| HostTensor {
         name: row.name.clone(),
@@ -48,7 +51,7 @@ pub fn layout(recipe: &Recipe, tensors: &[TensorRow], place: &str) -> Result<Vec
         dtype: HostType::F32,
         bytes: Vec::new(),
     };
-    let joined = join_banks(tensors.iter().map(bare).collect(), &Plan::of(recipe)?.banks, place)?;
+    let joined = join(tensors.iter().map(bare).collect(), &Plan::of(recipe)?, place)?;
     Ok(joined.into_iter().map(|tensor| (tensor.name, tensor.shape)).collect())
 }
 
@@ -58,13 +61,17 @@ pub struct Prepared {
     recipe: Recipe,
     scheme: Scheme,
     export: Export,
+    /// Banks by their matrices, and those by their parts.
     params: Vec<HostTensor>,
+    splits: Vec<RowSplit>,
+    /// The names of the weights, undivided, that take a Hessian.
+    calibrated: HashSet<String>,
     context: Context,
 }
 
 impl Prepared {
-    /// Heads that only training uses stay behind; the matrices of a bank become tensors of their own, but for the challenge's
-    /// forms.
+    /// Heads that only training uses stay behind; the matrices of a bank become tensors of their own, and so do the parts of a
+    /// matrix with protected rows where it is coded, but for the challenge's forms.
     pub fn new(recipe: &Recipe, params: &[HostTensor], scheme: Scheme) -> Result<Self> {
         let recipe = Recipe { mtp_num_heads: 0, ..recipe.clone() };
         let params: Vec<HostTensor> =
@@ -82,13 +89,21 @@ impl Prepared {
             bit_linear: bit_linear.map(|spec| spec.name.clone()).collect(),
             hessians: Hessians::new(),
         };
-        Ok(Self { recipe, scheme, export, params, context })
+        let takes = |tensor: &&HostTensor| export.takes_hessian(tensor, &context);
+        let calibrated = params.iter().filter(takes).map(|tensor| tensor.name.clone()).collect();
+        let codes =
+            |name: &str| params.iter().any(|tensor| tensor.name == name && export.codes(tensor, &context));
+        let splits: Vec<RowSplit> = match export {
+            Export::Challenge | Export::Fp16 => Vec::new(),
+            _ => plan.protected.iter().filter(|matrix| codes(&matrix.name)).map(split_of).collect(),
+        };
+        let params = rows::split(params, &splits)?;
+        Ok(Self { recipe, scheme, export, params, splits, calibrated, context })
     }
 
     /// Whether the weight of that name takes a Hessian: what calibration is asked for.
     pub fn takes_hessian(&self, name: &str) -> bool {
-        let mut tensors = self.params.iter();
-        tensors.any(|tensor| tensor.name == name && self.export.takes_hessian(tensor, &self.context))
+        self.calibrated.contains(name)
     }
 
     /// The same with the Hessians of the model's linear layers; a weight without one is coded without.
@@ -101,7 +116,7 @@ impl Prepared {
         &self.context.hessians
     }
 
-    /// The tensors that are quantised, one by one.
+    /// The tensors that the artifact stores, one by one, as live weights.
     pub fn params(&self) -> &[HostTensor] {
         &self.params
     }
@@ -117,6 +132,12 @@ impl Prepared {
     /// Those of [`quantize_by`].
     pub fn artifact(&self, tokenizer: &Tokenizer) -> Result<Artifact> {
         let table = ByteTable::new(tokenizer, self.recipe.vocab_size)?;
+        // Coded whole, whatever rows are protected ([`rows`]).
+        let wholes = match self.splits.as_slice() {
+            [] => Cow::Borrowed(&self.params),
+            splits => Cow::Owned(rows::join(self.params.clone(), splits, "the model")?),
+        };
+        let quantized = quantize_by(self.export, &wholes, &self.context)?;
         let piece = |p: &Piece| PieceRow { text: p.text.clone(), score: p.score, kind: p.kind as u8 };
         Ok(Artifact {
             recipe_toml: self.recipe.to_toml(),
@@ -134,7 +155,7 @@ impl Prepared {
             } else {
                 tokenizer.pieces().iter().map(piece).collect()
             },
-            tensors: quantize_by(self.export, &self.params, &self.context)?,
+            tensors: rows::protect(quantized, &self.params, &self.splits)?,
         })
     }
 
@@ -202,7 +223,7 @@ impl Artifact {
             })
         };
         let params: Result<Vec<HostTensor>> = self.tensors.iter().map(dequantize).collect();
-        let params = join_banks(params?, &Plan::of(&recipe)?.banks, place)?;
+        let params = join(params?, &Plan::of(&recipe)?, place)?;
         Ok(Contents {
             recipe,
             tokenizer,
@@ -227,6 +248,17 @@ fn export_of(scheme: Scheme, recipe: &Recipe) -> Export {
         (Export::OwnTernary(_), PR1994) if recipe.ternary_body => Export::Pr1994,
         _ => own,
     }
+}
+
+/// How a matrix with protected rows is divided.
+fn split_of(matrix: &ProtectedRows) -> RowSplit {
+    RowSplit::new(&matrix.name, matrix.rows, &matrix.ranges)
+}
+
+/// An artifact's tensors as the model has them: parts joined to their matrices, and matrices to their banks.
+fn join(tensors: Vec<HostTensor>, plan: &Plan, place: &str) -> Result<Vec<HostTensor>> {
+    let splits: Vec<RowSplit> = plan.protected.iter().map(split_of).collect();
+    join_banks(rows::join(tensors, &splits, place)?, &plan.banks, place)
 }
 
 /// Each bank's matrices as tensors of their own, where the bank stands.

@@ -3,6 +3,7 @@
 
 use super::init::Init;
 use super::params::Params;
+use super::plan::ProtectedRows;
 use super::spec::{Linears, Spec};
 use super::state::SsmState;
 use crate::ops::scan::Scan;
@@ -44,11 +45,36 @@ impl Mamba3Plan {
         self.state / 2 / 2
     }
 
+    /// Rows of in_proj: [z | x | B | C | dd_dt | dd_A | trap | angle].
+    fn projected(&self) -> usize {
+        self.dt_row() + 3 * self.heads() + self.angles()
+    }
+
+    /// The first row of B in in_proj.
+    fn b_row(&self) -> usize {
+        2 * self.inner
+    }
+
+    /// The first row of dd_dt in in_proj.
+    fn dt_row(&self) -> usize {
+        self.b_row() + 2 * self.groups * self.state
+    }
+
+    /// The rows of B, and of dd_dt, dd_A and trap, in in_proj: those that PR #1607's `FP16_INPROJ_ROWS` keeps float16
+    /// (spec/pr1607.md section 6).
+    pub fn protected_rows(&self) -> ProtectedRows {
+        let (b, dt) = (self.b_row(), self.dt_row());
+        ProtectedRows {
+            name: format!("{}.in_proj.weight", self.prefix),
+            rows: self.projected(),
+            ranges: vec![b..b + self.groups * self.state, dt..dt + 3 * self.heads()],
+        }
+    }
+
     /// The parameters.
     pub fn specs(&self, linears: Linears) -> Vec<Spec> {
-        let Self { prefix, dim, inner, state, groups, .. } = self;
+        let Self { prefix, dim, inner, state, .. } = self;
         let heads = self.heads();
-        let projected = 2 * inner + 2 * groups * state + 3 * heads + self.angles();
         let one =
             |name: &str, shape: &[usize]| Spec::new(format!("{prefix}.{name}"), shape, Init::Constant(1.0));
         vec![
@@ -56,7 +82,7 @@ impl Mamba3Plan {
             one("B_bias", &[heads, 1, *state]),
             one("C_bias", &[heads, 1, *state]),
             one("D", &[heads]),
-            linears.weight(&format!("{prefix}.in_proj"), [projected, *dim]),
+            linears.weight(&format!("{prefix}.in_proj"), [self.projected(), *dim]),
             one("B_norm.weight", &[*state]),
             one("C_norm.weight", &[*state]),
             linears.weight(&format!("{prefix}.out_proj"), [*dim, *inner]),
@@ -131,7 +157,7 @@ impl<P: Plain> Mamba3<P> {
             column(from, parts * size).reshape([batch, time, parts, size])
         };
         let scalars = |from: usize, len: usize| column(from, len).reshape([batch, time, len]);
-        let (b, dt) = (2 * inner, 2 * inner + 2 * groups * size);
+        let (b, dt) = (self.plan.b_row(), self.plan.dt_row());
         let pieces = Mamba3Pieces {
             z: split(0, heads, head_dim),
             x: split(inner, heads, head_dim),

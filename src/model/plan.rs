@@ -9,6 +9,7 @@ use super::systems;
 use super::{HEAD, SKIPS};
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
+use std::ops::Range;
 
 /// The most parameters a recipe may describe: far over what fits the challenge, far under what a host can hold.
 const MOST_PARAMS: u64 = 1_000_000_000;
@@ -87,6 +88,17 @@ pub struct Bank {
     pub members: Vec<String>,
 }
 
+/// The rows of a matrix that stay float16 where quantisation codes the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProtectedRows {
+    /// The matrix's name.
+    pub name: String,
+    /// Rows of the whole matrix.
+    pub rows: usize,
+    /// The protected ones: ranges in ascending order, apart from each other.
+    pub ranges: Vec<Range<usize>>,
+}
+
 /// A whole model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -114,6 +126,8 @@ pub struct Plan {
     pub specs: Vec<Spec>,
     /// Which matrices are one tensor for the peers.
     pub banks: Vec<Bank>,
+    /// Which rows quantisation leaves in float16, if the recipe asks for it.
+    pub protected: Vec<ProtectedRows>,
 }
 
 impl Plan {

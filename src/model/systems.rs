@@ -133,6 +133,7 @@ fn plain(recipe: &Recipe, blocks: Vec<BlockPlan>, specs: Vec<Spec>) -> Plan {
         rms_eps: recipe.rms_eps,
         specs,
         banks: Vec::new(),
+        protected: Vec::new(),
     }
 }
 
@@ -287,9 +288,15 @@ fn pr1607(recipe: &Recipe) -> Plan {
     specs.extend(extra_mlps.iter().flat_map(|mlp| mlp.specs(linears)));
     let head_dim = recipe.head_dim();
     let rotated = ((head_dim as f64 * recipe.rope_fraction) as usize / 2 * 2).max(2);
+    let mixers = blocks.iter().flat_map(|block| &block.mixers).filter(|_| recipe.fp16_inproj_rows);
+    let protected = mixers.filter_map(|mixer| match &mixer.part {
+        MixerPlan::Mamba3(mixer) => Some(mixer.protected_rows()),
+        _ => None,
+    });
     let plan = Plan {
         embed,
         extra_mlps,
+        protected: protected.collect(),
         visits: half_skips(&(0..layers).collect::<Vec<_>>(), rows, |_| None),
         recurrent_visits,
         rope: RopePlan { rotated, ..full_rope(recipe) },

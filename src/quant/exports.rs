@@ -100,6 +100,11 @@ impl Export {
         tensor.shape.len() == 2 && matches!(form, Form::Int { rule, .. } if rule != Rule::Challenge)
     }
 
+    /// Whether a tensor becomes codes.
+    pub fn codes(self, tensor: &HostTensor, context: &Context) -> bool {
+        matches!(self.form(tensor, context), Form::Int { .. } | Form::Ternary { .. })
+    }
+
     fn form(self, tensor: &HostTensor, context: &Context) -> Form {
         if matches!(tensor.dtype, HostType::I8 | HostType::I32 | HostType::I64 | HostType::U8) {
             return Form::Raw;

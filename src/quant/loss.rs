@@ -2,6 +2,7 @@
 
 use super::exports::Hessians;
 use super::gptq::output_loss;
+use super::rows::hessian_of;
 use super::storage::QuantTensor;
 use crate::error::Result;
 use crate::host::HostTensor;
@@ -28,7 +29,10 @@ pub struct TensorLoss {
 /// # Errors
 /// Those of [`QuantTensor::dequantize`].
 pub fn losses(live: &[HostTensor], stored: &[QuantTensor], hessians: &Hessians) -> Result<Vec<TensorLoss>> {
-    live.par_iter().zip(stored).map(|(live, stored)| loss(live, stored, hessians.get(&live.name))).collect()
+    live.par_iter()
+        .zip(stored)
+        .map(|(live, stored)| loss(live, stored, hessian_of(hessians, &live.name)))
+        .collect()
 }
 
 fn loss(live: &HostTensor, stored: &QuantTensor, hessian: Option<&Vec<f64>>) -> Result<TensorLoss> {

@@ -2,7 +2,8 @@
 //!
 //! A [`QuantTensor`] says how one tensor is stored ([`Storage`]) and holds the stored parts (codes, scales, or the
 //! values themselves). [`quantize_by`] makes them by a system's [`Export`]; [`QuantTensor::dequantize`] gives the weights
-//! that the reloaded model computes with, and [`losses`] what that costs each tensor.
+//! that the reloaded model computes with, [`losses`] what that costs each tensor, and [`rows`] keeps some rows of a matrix
+//! as float16.
 
 pub mod clip;
 pub mod exports;
@@ -11,6 +12,7 @@ pub mod hessian;
 pub mod loss;
 pub mod prune;
 pub mod quantile;
+pub mod rows;
 pub mod scheme;
 mod stats;
 pub mod storage;
@@ -19,6 +21,7 @@ pub mod ternary;
 pub use exports::{Context, Export, Hessians, quantize_by};
 pub use loss::{TensorLoss, losses};
 pub use prune::{Candidates, Cost};
+pub use rows::RowSplit;
 pub use scheme::Scheme;
 pub use stats::Stats;
 pub use storage::{PartSpec, QuantTensor, Storage};

@@ -11,6 +11,7 @@
 
 use super::exports::Hessians;
 use super::hessian::{mean_diagonal, times};
+use super::rows::hessian_of;
 use super::storage::{QuantTensor, Storage};
 use crate::error::{Error, Result};
 use crate::host::HostTensor;
@@ -66,7 +67,8 @@ impl Candidates {
                 let weights = weights.ok_or_else(|| {
                     Error::input("no live weights", &tensor.name, "those that its codes were made of")
                 })?;
-                of_tensor(number as u32, tensor, weights, hessians.get(&tensor.name), usual, cost)
+                let hessian = hessian_of(hessians, &tensor.name);
+                of_tensor(number as u32, tensor, weights, hessian, usual, cost)
             })
             .collect();
         let mut candidates = tensors?.concat();

@@ -252,7 +252,7 @@ impl QuantTensor {
         Ok(scales)
     }
 
-    fn unpack(&self, packing: Packing, packed: &[u8], scales: &HostTensor) -> Result<Ternary> {
+    pub(super) fn unpack(&self, packing: Packing, packed: &[u8], scales: &HostTensor) -> Result<Ternary> {
         let gamma = self.finite_scales(scales)?.first().copied().unwrap_or_default();
         let count = self.shape.iter().product();
         let codes = packing.unpack(packed, count).ok_or_else(|| {

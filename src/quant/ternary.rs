@@ -8,6 +8,7 @@
 //! 1.6 bits each.
 
 use super::clip::round_even;
+use std::ops::Range;
 
 /// The least gamma (PR #1994).
 pub const LEAST_GAMMA: f32 = 1e-8;
@@ -144,6 +145,14 @@ impl Ternary {
             return 0.0;
         }
         (f64::from(self.gamma) / (nonzero as f64 / self.codes.len() as f64)) as f32
+    }
+
+    /// The codes of that range, with the step that they have here.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        let codes = self.codes[range].to_vec();
+        let nonzero = codes.iter().filter(|code| **code != 0).count();
+        let share = nonzero as f64 / codes.len().max(1) as f64;
+        Self { codes, gamma: (f64::from(self.step()) * share) as f32 }
     }
 
     /// The weights.

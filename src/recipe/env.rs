@@ -15,7 +15,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "EVAL_STRIDE",
     "EVAL_TEMP",
     "FP16_EMBED",
-    "FP16_INPROJ_ROWS",
     "GPTQ_BLOCK_SIZE",
     "GPTQ_CALIB_BATCHES",
     "GPTQ_DAMP",

@@ -160,6 +160,8 @@ knobs! {
     qat_start_frac: f64 = 0.0, Some("QAT_START_FRAC"), Within(0.0, 1.0);
     /// Bits of quantised weights in training.
     quant_bits: usize = 6, Some("QUANT_BITS"), Int(2, 8);
+    /// Keeps the rows of B, dd_dt, dd_A and trap in Mamba-3's in_proj as float16 where an export codes the others (not int8).
+    fp16_inproj_rows: bool = false, Some("FP16_INPROJ_ROWS"), Any;
     /// Averages the weights over the whole run.
     ema_enabled: bool = true, Some("EMA_ENABLED"), Any;
     }

@@ -49,7 +49,12 @@ pub(in crate::parity) fn export_1607<P: Plain>(case: &mut Case<'_, P>) -> Result
         let bits = config.count(key)?.unwrap_or(usual);
         u32::try_from(bits).map_err(|_| Error::input(format!("{key} = {bits}"), "config", "2 to 8"))
     };
-    let usual = env_recipe(case.entry, PR1607)?.quant_bits;
+    let recipe = env_recipe(case.entry, PR1607)?;
+    if recipe.fp16_inproj_rows {
+        // The names that the peer gives the parts of a matrix are not among what is known of it.
+        return Err(Error::input("FP16_INPROJ_ROWS = 1", "env", "0: matrices in one part"));
+    }
+    let usual = recipe.quant_bits;
     let export = Export::Pr1607 {
         bits: bits("bits", usual)?,
         mlp_bits: bits("mlp_bits", 0)?,
