@@ -132,9 +132,11 @@ fn every_codec_and_scheme_exports_an_artifact_that_scores_as_the_live_model() {
             "codec",
             "losses",
             "out",
+            "pack_seconds",
             "params",
             "payload_bytes",
             "quant",
+            "quantise_seconds",
             "under_cap",
         ];
         assert_eq!(keys(&report), listed);

@@ -5,7 +5,7 @@ mod eval_common;
 mod hybrids_common;
 
 use common::all_pass;
-use eval_common::{apart, model_on, pass, score_window, summed, table, tokens};
+use eval_common::{apart, bound_in_bf16, model_on, pass, score_window, summed, table, tokens};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target};
@@ -132,14 +132,15 @@ impl Job for OnDevice {
         let (tokens, table) = (tokens(TARGETS + 1), table());
         let text = Text { tokens: &tokens, table: &table };
         // A mean over 31 losses of some 3 nats each, through models of tiny width.
-        let bound = match target.precision {
+        let bound = |recipe: &Recipe| match target.precision {
             Precision::F64 => 1e-11,
             Precision::F32 => 1e-4,
-            Precision::Bf16 => 0.1,
+            Precision::Bf16 => bound_in_bf16(recipe, &tokens, LEN),
         };
         let mut good = true;
         for (name, recipe) in recipes() {
             let there = model_on::<P>(&recipe, device, target.precision.dtype());
+            let bound = bound(&recipe);
             for (windows, stride, temperature) in
                 [(Windows::EachOnce, 5, 0.9), (Windows::Pr1382, 4, 1.0), (Windows::Pr1607, 12, 1.0)]
             {
@@ -148,7 +149,7 @@ impl Job for OnDevice {
                 let expected = summed(&text, &slow(&model(&recipe), &text, &method));
                 let score = method.score(&there, &recipe, &text, &mut |_, _| Ok(()))?;
                 let off = (score.val_loss - expected.0).abs();
-                println!("{} {}: {name} {windows} {off:.1e}", target.label, target.precision);
+                println!("{} {}: {name} {windows} {off:.1e} of {bound:.1e}", target.label, target.precision);
                 good &= off < bound && (score.tokens, score.bytes) == (expected.2, expected.3);
             }
         }

@@ -5,7 +5,7 @@ mod eval_common;
 mod hybrids_common;
 
 use common::all_pass;
-use eval_common::{apart, losses, model_on, pass, summed, table, tokens};
+use eval_common::{apart, bound_in_bf16, losses, model_on, pass, summed, table, tokens};
 use fairway::Result;
 use fairway::backend::cpu::Cpu;
 use fairway::backend::{Job, Precision, Target};
@@ -159,19 +159,20 @@ impl Job for OnDevice {
     fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<bool> {
         let (tokens, table) = (tokens(TARGETS + 1), table());
         let text = Text { tokens: &tokens, table: &table };
-        let bound = match target.precision {
+        let bound = |recipe: &Recipe| match target.precision {
             Precision::F64 => 1e-10,
             Precision::F32 => 1e-4,
-            Precision::Bf16 => 0.1,
+            Precision::Bf16 => bound_in_bf16(recipe, &tokens, LEN),
         };
         let mut good = true;
         for (name, recipe) in hybrids() {
             let there = model_on::<P>(&recipe, device, target.precision.dtype());
+            let bound = bound(&recipe);
             let method = Method { walk: Walk::Stateful { stride: 5, streams: 1 }, pass: pass(LEN, 1, 1.0) };
             let expected = summed(&text, &step_by_step(&model(&recipe), &tokens, 5, 1.0));
             let score = method.score(&there, &recipe, &text, &mut |_, _| Ok(()))?;
             let off = (score.val_loss - expected.0).abs();
-            println!("{} {}: {name} {off:.1e}", target.label, target.precision);
+            println!("{} {}: {name} {off:.1e} of {bound:.1e}", target.label, target.precision);
             good &= off < bound && (score.tokens, score.bytes) == (expected.2, expected.3);
         }
         Ok(good)

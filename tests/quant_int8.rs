@@ -231,8 +231,8 @@ fn what_cannot_be_quantised_is_an_error_that_names_the_tensor() {
         let line = error.to_string();
         assert!(line.contains("blocks.0.w") && line.contains(expected), "{line}");
     }
-    let error = "int5".parse::<Scheme>().unwrap_err().to_string();
-    assert!(error.contains("--quant") && error.contains("int8, fp16"), "{error}");
+    let error = "int9".parse::<Scheme>().unwrap_err().to_string();
+    assert!(error.contains("--quant") && error.contains("fp16, intN"), "{error}");
 }
 
 #[test]

@@ -2,8 +2,10 @@
 
 #![allow(dead_code)]
 
+use crate::common::round;
 use crate::hybrids_common::{VOCAB, device, model, values};
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use fairway::backend::Precision;
 use fairway::backend::cpu::Cpu;
 use fairway::data::byte_table::ByteTable;
 use fairway::eval::sliding::Pass;
@@ -11,7 +13,7 @@ use fairway::eval::tally::Text;
 use fairway::eval::windows::Window;
 use fairway::host::HostTensor;
 use fairway::model::{Cache, Model};
-use fairway::ops::Plain;
+use fairway::ops::{Autodiff, Plain, rounded};
 use fairway::recipe::Recipe;
 
 /// Tokens that repeat themselves a little, so that there is something to learn.
@@ -48,6 +50,41 @@ pub fn model_on<P: Plain>(recipe: &Recipe, device: &P::Device, dtype: DType) -> 
     let there = Model::<P>::new(recipe, device, dtype).expect("a model");
     there.params().load(&model(recipe).params().to_host().unwrap(), "the test").unwrap();
     there
+}
+
+/// The model of [`model`] with its matrices rounded to bf16.
+pub fn model_in_bf16(recipe: &Recipe) -> Model<Cpu> {
+    let model = model(recipe);
+    let rounded = |tensor: &HostTensor| match tensor.shape.len() {
+        0 | 1 => tensor.clone(),
+        _ => {
+            let values: Vec<f64> = tensor.to_f64().iter().map(|x| round(*x, Precision::Bf16)).collect();
+            HostTensor::from_f64(tensor.name.clone(), &tensor.shape, &values)
+        }
+    };
+    let params: Vec<HostTensor> = model.params().to_host().unwrap().iter().map(rounded).collect();
+    model.params().load(&params, "the test").unwrap();
+    model
+}
+
+/// The most that a mean loss may be off in bf16: twice the root of the mean square of the errors that the reference itself
+/// makes in single losses (DESIGN.md, parity rule), over windows of `seq_len` side by side.
+pub fn bound_in_bf16(recipe: &Recipe, tokens: &[u16], seq_len: usize) -> f64 {
+    let of = |model: &Model<Cpu>, rounds: bool| -> Vec<f64> {
+        let windows = tokens[..tokens.len() - 1].chunks(seq_len).enumerate();
+        let one = |(number, ids): (usize, &[u16])| {
+            let from = number * seq_len + 1;
+            let hidden = || model.hidden(Tensor::from_inner(row(ids)), None, None);
+            let hidden: Tensor<Autodiff<Cpu>, 2> = if rounds { rounded(hidden) } else { hidden() };
+            let logits = values(model.logits(hidden).inner());
+            let targets = &tokens[from..from + ids.len()];
+            logits.chunks(VOCAB).zip(targets).map(|(z, target)| loss(z, *target, 1.0)).collect::<Vec<_>>()
+        };
+        windows.flat_map(one).collect()
+    };
+    let (low, exact) = (of(&model_in_bf16(recipe), true), of(&model(recipe), false));
+    let square: f64 = low.iter().zip(&exact).map(|(a, b)| (a - b) * (a - b)).sum();
+    2.0 * (square / exact.len() as f64).sqrt()
 }
 
 /// One sequence on the CPU.
