@@ -162,8 +162,8 @@ fn gptq_of_a_trained_model_beats_rounding_to_nearest() {
         }
         lost.push([nearest, own, data]);
     }
-    let [[_, own6, data6], [nearest4, own4, data4]] = lost[..] else { unreachable!() };
-    assert!(own6 < 0.01 && data6 < 0.01, "int6: {own6} {data6}");
+    let [[nearest6, own6, data6], [nearest4, own4, data4]] = lost[..] else { unreachable!() };
+    assert!(own6 < 0.01 && data6 < 0.01 && data6 < nearest6, "int6: {nearest6} {own6} {data6}");
     assert!(own4 < nearest4 && data4 < nearest4, "int4: {nearest4} {own4} {data4}");
 }
 
