@@ -238,6 +238,9 @@ fn warm_up_leaves_the_weights_that_a_run_without_it_has() {
         assert!(warm.stdout.contains(&format!("\nwarmup_step:{step}/3\n")), "{warm:?}");
     }
     assert_eq!(place.read("cold/final.safetensors"), place.read("warm/final.safetensors"));
+    // Nothing to be warm for.
+    let none = place.train("none", "--steps 0 --set warmup_steps=3").clean();
+    assert!(!none.stdout.contains("warmup_step:"), "{none:?}");
 }
 
 #[test]

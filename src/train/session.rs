@@ -262,10 +262,10 @@ impl<'a, P: Plain> Session<'a, P> {
         self.finish()
     }
 
-    /// Real steps to prime the device, after which weights, optimizers and data are as before.
+    /// Real steps to prime the device, after which weights, optimizers and data are as before; none where no step follows.
     fn warm_up(&mut self) -> Result<()> {
         let steps = self.recipe.warmup_steps;
-        if steps == 0 {
+        if steps == 0 || self.step >= self.recipe.iterations {
             return Ok(());
         }
         let initial = self.trainer.model.params().to_host()?;
