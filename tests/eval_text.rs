@@ -1,5 +1,6 @@
 //! Weights in host memory scored on a device that is chosen at run time.
 
+mod common;
 mod eval_common;
 mod hybrids_common;
 
