@@ -72,7 +72,7 @@ impl Codec {
         self.compress_pieces(raw, &[])
     }
 
-    /// Compresses a section in blocks, in parallel; `cuts` as in [`Self::compress_pieces`].
+    /// Compresses a section in blocks, in parallel; `cuts` as in `compress_pieces`.
     pub fn compress_section(self, raw: &[u8], cuts: &[usize]) -> Result<Vec<u8>> {
         let mut blocks: Vec<&[u8]> = raw.chunks(BLOCK_BYTES).collect();
         if blocks.is_empty() {

@@ -266,7 +266,7 @@ fn usual(unit: Unit) -> Arrangement {
     if matches!(unit, Unit::Bytes(2..)) { Arrangement::Planes } else { Arrangement::Plain }
 }
 
-/// The arrangements, one for each group of parts, under which the codec makes the groups' first [`SAMPLE_BYTES`] the
+/// The arrangements, one for each group of parts, under which the codec makes the groups' first `SAMPLE_BYTES` the
 /// smallest.
 pub fn arrange(tensors: &[QuantTensor], codec: Codec) -> Result<Vec<Arrangement>> {
     tensors.iter().try_for_each(QuantTensor::check)?;

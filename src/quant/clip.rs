@@ -56,7 +56,7 @@ pub enum Rule {
     Own,
 }
 
-/// A matrix in integer codes: `codes` is [rows, cols], `scales` [rows], or one scale for a tensor of any rank.
+/// A matrix in integer codes: `codes` is `[rows, cols]`, `scales` `[rows]`, or one scale for a tensor of any rank.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Coded {
     /// Codes.

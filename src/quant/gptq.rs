@@ -8,7 +8,7 @@
 //! are so that codes do not depend on how they are blocked. U comes from one Cholesky factor of H in reversed order and its
 //! inverse, with no inverse of H: reversed twice, H = R R^T with R upper, and U = R^-1.
 //!
-//! Rows are independent, so that they run in tasks of [`TASK_ROWS`], each with all clip candidates of its rows side by side
+//! Rows are independent, so that they run in tasks of `TASK_ROWS`, each with all clip candidates of its rows side by side
 //! (a lane is one row under one candidate): the columns of a block update each other lane by lane, and the rest of the
 //! matrix by one product a block. Sums over rows are taken in the order of the rows, so that results do not depend on threads.
 
