@@ -5,17 +5,14 @@ mod eval_common;
 mod hybrids_common;
 
 use common::all_pass;
-use eval_common::{apart, bound_in_bf16, model_on, pass, score_window, summed, table, tokens};
-use fairway::Result;
+use eval_common::{ScoresAlike, Scoring, apart, pass, score_window, summed, table, tokens};
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target};
 use fairway::eval::full;
 use fairway::eval::method::{Method, Walk};
 use fairway::eval::sliding;
 use fairway::eval::tally::{Tally, Text};
 use fairway::eval::windows::Windows;
 use fairway::model::Model;
-use fairway::ops::Plain;
 use fairway::recipe::Recipe;
 use hybrids_common::{model, pr1382, pr1607, pr1994, tiny};
 
@@ -122,42 +119,19 @@ fn an_interrupt_stops_the_work() {
     assert_eq!((stopped.unwrap_err().exit_code(), calls), (130, 3));
 }
 
-/// The score on a device against the CPU's in f64.
-struct OnDevice;
-
-impl Job for OnDevice {
-    type Output = bool;
-
-    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<bool> {
-        let (tokens, table) = (tokens(TARGETS + 1), table());
-        let text = Text { tokens: &tokens, table: &table };
-        // A mean over 31 losses of some 3 nats each, through models of tiny width.
-        let bound = |recipe: &Recipe| match target.precision {
-            Precision::F64 => 1e-11,
-            Precision::F32 => 1e-4,
-            Precision::Bf16 => bound_in_bf16(recipe, &tokens, LEN),
-        };
-        let mut good = true;
-        for (name, recipe) in recipes() {
-            let there = model_on::<P>(&recipe, device, target.precision.dtype());
-            let bound = bound(&recipe);
-            for (windows, stride, temperature) in
-                [(Windows::EachOnce, 5, 0.9), (Windows::Pr1382, 4, 1.0), (Windows::Pr1607, 12, 1.0)]
-            {
-                let walk = Walk::Windows { windows, stride };
-                let method = Method { walk, pass: pass(LEN, 3, temperature) };
-                let expected = summed(&text, &slow(&model(&recipe), &text, &method));
-                let score = method.score(&there, &recipe, &text, &mut |_, _| Ok(()))?;
-                let off = (score.val_loss - expected.0).abs();
-                println!("{} {}: {name} {windows} {off:.1e} of {bound:.1e}", target.label, target.precision);
-                good &= off < bound && (score.tokens, score.bytes) == (expected.2, expected.3);
-            }
-        }
-        Ok(good)
-    }
-}
-
 #[test]
 fn every_device_scores_alike() {
-    all_pass(|| OnDevice);
+    let (tokens, table) = (tokens(TARGETS + 1), table());
+    let text = Text { tokens: &tokens, table: &table };
+    let ways = [(Windows::EachOnce, 5, 0.9), (Windows::Pr1382, 4, 1.0), (Windows::Pr1607, 12, 1.0)];
+    let case = |(name, recipe): &(&str, Recipe), (windows, stride, temperature)| {
+        let method = Method { walk: Walk::Windows { windows, stride }, pass: pass(LEN, 3, temperature) };
+        let expected = slow(&model(recipe), &text, &method);
+        Scoring { name: format!("{name} {windows}"), recipe: recipe.clone(), method, expected }
+    };
+    all_pass(|| ScoresAlike {
+        tokens: tokens.clone(),
+        cases: recipes().iter().flat_map(|system| ways.map(|way| case(system, way))).collect(),
+        bound: 1e-11,
+    });
 }

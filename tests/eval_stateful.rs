@@ -5,16 +5,13 @@ mod eval_common;
 mod hybrids_common;
 
 use common::all_pass;
-use eval_common::{apart, bound_in_bf16, losses, model_on, pass, summed, table, tokens};
-use fairway::Result;
+use eval_common::{ScoresAlike, Scoring, apart, losses, pass, summed, table, tokens};
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target};
 use fairway::eval::method::{Method, Walk};
 use fairway::eval::stateful::{self, Options};
 use fairway::eval::tally::{Tally, Text};
 use fairway::eval::windows::Windows;
 use fairway::model::Model;
-use fairway::ops::Plain;
 use fairway::recipe::Recipe;
 use hybrids_common::{model, pr1382, pr1607, pr1994};
 
@@ -151,35 +148,17 @@ fn streams_are_parts_of_the_text_each_from_an_empty_state() {
     }
 }
 
-struct OnDevice;
-
-impl Job for OnDevice {
-    type Output = bool;
-
-    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<bool> {
-        let (tokens, table) = (tokens(TARGETS + 1), table());
-        let text = Text { tokens: &tokens, table: &table };
-        let bound = |recipe: &Recipe| match target.precision {
-            Precision::F64 => 1e-10,
-            Precision::F32 => 1e-4,
-            Precision::Bf16 => bound_in_bf16(recipe, &tokens, LEN),
-        };
-        let mut good = true;
-        for (name, recipe) in hybrids() {
-            let there = model_on::<P>(&recipe, device, target.precision.dtype());
-            let bound = bound(&recipe);
-            let method = Method { walk: Walk::Stateful { stride: 5, streams: 1 }, pass: pass(LEN, 1, 1.0) };
-            let expected = summed(&text, &step_by_step(&model(&recipe), &tokens, 5, 1.0));
-            let score = method.score(&there, &recipe, &text, &mut |_, _| Ok(()))?;
-            let off = (score.val_loss - expected.0).abs();
-            println!("{} {}: {name} {off:.1e} of {bound:.1e}", target.label, target.precision);
-            good &= off < bound && (score.tokens, score.bytes) == (expected.2, expected.3);
-        }
-        Ok(good)
-    }
-}
-
 #[test]
 fn every_device_carries_the_state() {
-    all_pass(|| OnDevice);
+    let tokens = tokens(TARGETS + 1);
+    let case = |(name, recipe): (&str, Recipe)| {
+        let method = Method { walk: Walk::Stateful { stride: 5, streams: 1 }, pass: pass(LEN, 1, 1.0) };
+        let expected = step_by_step(&model(&recipe), &tokens, 5, 1.0);
+        Scoring { name: name.into(), recipe, method, expected }
+    };
+    all_pass(|| ScoresAlike {
+        tokens: tokens.clone(),
+        cases: hybrids().into_iter().map(case).collect(),
+        bound: 1e-10,
+    });
 }

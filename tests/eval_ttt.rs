@@ -7,16 +7,13 @@ mod hybrids_common;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use common::all_pass;
-use eval_common::{apart, model_on, pass, score_window, summed, table, tokens};
-use fairway::Result;
+use eval_common::{ScoresAlike, Scoring, apart, pass, score_window, table, tokens};
 use fairway::backend::cpu::Cpu;
-use fairway::backend::{Job, Precision, Target};
 use fairway::eval::method::{Method, Walk};
 use fairway::eval::tally::{Tally, Text};
 use fairway::eval::ttt::{self, Course, Options, Rule};
 use fairway::eval::windows::{Window, Windows};
 use fairway::model::Model;
-use fairway::ops::Plain;
 use fairway::recipe::Recipe;
 use hybrids_common::{device, get, largest_difference, model, pr1382, pr1607, set, tiny, values};
 use std::collections::BTreeMap;
@@ -287,44 +284,20 @@ fn a_run_that_diverges_fails_with_the_reason() {
     assert!(error.to_string().contains("--ttt-lr"), "{error}");
 }
 
-struct OnDevice;
-
-impl Job for OnDevice {
-    type Output = bool;
-
-    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<bool> {
-        let tokens = tokens(TARGETS + 1);
-        let table = table();
-        let text = Text { tokens: &tokens, table: &table };
-        let bound = match target.precision {
-            Precision::F64 => 1e-9,
-            Precision::F32 => 1e-3,
-            Precision::Bf16 => 0.15,
-        };
-        let mut good = true;
-        let adam = Options { rule: Rule::AdamW { weight_decay: 0.01 }, lr: ADAM_LR, ..options() };
-        for (name, recipe, options) in [("pr1382", pr1382(), options()), ("pr1607", pr1607(), adam)] {
-            let list = ttt::windows(Windows::EachOnce, TARGETS, LEN, 3)?;
-            let mut slow = Slow { options, frozen: vec![], momenta: BTreeMap::new(), steps: 0 };
-            let expected = summed(&text, &slow.run(&model(&recipe), &tokens, &list));
-            let walk = Walk::Training { windows: Windows::EachOnce, stride: 3, options };
-            let method = Method { walk, pass: pass(LEN, 4, 1.0) };
-            let recipe = Recipe { as_written: false, ..recipe };
-            let score = || {
-                let there = model_on::<P>(&recipe, device, target.precision.dtype());
-                method.score(&there, &recipe, &text, &mut |_, _| Ok(()))
-            };
-            let (first, again) = (score()?, score()?);
-            let off = (first.val_loss - expected.0).abs();
-            println!("{} {}: {name} {off:.1e}", target.label, target.precision);
-            good &= off < bound && (first.tokens, first.bytes) == (expected.2, expected.3);
-            good &= first.val_loss.to_bits() == again.val_loss.to_bits();
-        }
-        Ok(good)
-    }
-}
-
 #[test]
 fn every_device_trains_alike() {
-    all_pass(|| OnDevice);
+    let tokens = tokens(TARGETS + 1);
+    let adam = Options { rule: Rule::AdamW { weight_decay: 0.01 }, lr: ADAM_LR, ..options() };
+    let list = ttt::windows(Windows::EachOnce, TARGETS, LEN, 3).unwrap();
+    let case = |(name, recipe, options): (&str, Recipe, Options)| {
+        let walk = Walk::Training { windows: Windows::EachOnce, stride: 3, options };
+        let mut slow = Slow { options, frozen: vec![], momenta: BTreeMap::new(), steps: 0 };
+        let expected = slow.run(&model(&recipe), &tokens, &list);
+        Scoring { name: name.into(), recipe, method: Method { walk, pass: pass(LEN, 4, 1.0) }, expected }
+    };
+    all_pass(|| ScoresAlike {
+        tokens: tokens.clone(),
+        cases: [("pr1382", pr1382(), options()), ("pr1607", pr1607(), adam)].map(case).into(),
+        bound: 1e-9,
+    });
 }

@@ -5,9 +5,11 @@
 use crate::common::round;
 use crate::hybrids_common::{VOCAB, device, model, values};
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use fairway::backend::Precision;
+use fairway::Result;
 use fairway::backend::cpu::Cpu;
+use fairway::backend::{Job, Precision, Target};
 use fairway::data::byte_table::ByteTable;
+use fairway::eval::method::Method;
 use fairway::eval::sliding::Pass;
 use fairway::eval::tally::Text;
 use fairway::eval::windows::Window;
@@ -139,6 +141,50 @@ pub fn summed(text: &Text, scored: &[(usize, f64)]) -> (f64, f64, u64, u64) {
     let bytes: u64 = scored.iter().map(|(target, _)| bytes(target)).sum();
     let n = scored.len() as f64;
     (nll / n, nll / n / 2f64.ln() * (n / bytes as f64), scored.len() as u64, bytes)
+}
+
+/// A score, and the losses that it is to be of.
+pub struct Scoring {
+    pub name: String,
+    pub recipe: Recipe,
+    pub method: Method,
+    pub expected: Vec<(usize, f64)>,
+}
+
+/// Scores of the same tokens on a device, twice to the same bits, against what the CPU has in f64.
+pub struct ScoresAlike {
+    pub tokens: Vec<u16>,
+    pub cases: Vec<Scoring>,
+    /// The most that a mean loss may be off in f64.
+    pub bound: f64,
+}
+
+impl Job for ScoresAlike {
+    type Output = bool;
+
+    fn run<P: Plain>(self, device: &P::Device, target: &Target) -> Result<bool> {
+        let table = table();
+        let text = Text { tokens: &self.tokens, table: &table };
+        let mut good = true;
+        for Scoring { name, recipe, method, expected } in &self.cases {
+            let bound = match target.precision {
+                Precision::F64 => self.bound,
+                // Of losses of some 3 nats, through models of tiny width.
+                Precision::F32 => 1e-4,
+                Precision::Bf16 => bound_in_bf16(recipe, &self.tokens, method.pass.seq_len),
+            };
+            let score = || {
+                let there = model_on::<P>(recipe, device, target.precision.dtype());
+                method.score(&there, recipe, &text, &mut |_, _| Ok(()))
+            };
+            let (expected, first, again) = (summed(&text, expected), score()?, score()?);
+            let off = (first.val_loss - expected.0).abs();
+            println!("{} {}: {name} {off:.1e} of {bound:.1e}", target.label, target.precision);
+            good &= off < bound && (first.tokens, first.bytes) == (expected.2, expected.3);
+            good &= first.val_loss.to_bits() == again.val_loss.to_bits();
+        }
+        Ok(good)
+    }
 }
 
 /// The largest difference between recorded losses and expected ones of the same targets in the same order.
