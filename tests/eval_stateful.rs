@@ -159,6 +159,6 @@ fn every_device_carries_the_state() {
     all_pass(|| ScoresAlike {
         tokens: tokens.clone(),
         cases: hybrids().into_iter().map(case).collect(),
-        bound: 1e-10,
+        bounds: [1e-10, 1e-4],
     });
 }
