@@ -141,3 +141,12 @@ fn calibrations_that_cannot_be() {
     fails("export run --quant gptq-int6 --device cpu --calibrate val", &["no train shards", "val"]);
     assert!(!place.path("run/model.fairway").exists());
 }
+
+#[test]
+fn a_scheme_that_codes_nothing_says_so() {
+    let place = Place::with_data();
+    place.train("run", "--steps 1").clean();
+    let ran = place.line("export run --quant int4").ok();
+    assert!(ran.stderr.contains("int4 has coded nothing") && ran.stderr.contains("65536"), "{ran:?}");
+    place.line("export run").clean();
+}

@@ -7,7 +7,7 @@ use super::{calibration, export_loss, output};
 use crate::artifact::assemble::{Contents, Prepared};
 use crate::artifact::{Artifact, Budget, Codec};
 use crate::error::{Error, Result};
-use crate::quant::{Scheme, TensorLoss};
+use crate::quant::{KEEP_FLOAT_MAX_NUMEL, Scheme, TensorLoss};
 use crate::train::log::lines;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -73,6 +73,9 @@ pub struct Report {
     losses: Vec<TensorLoss>,
     /// What it costs the model, if there was data.
     bpb: Option<export_loss::Scores>,
+    /// Tensors in codes.
+    #[serde(skip)]
+    coded: usize,
     /// What `--budget` did.
     #[serde(skip_serializing_if = "Option::is_none")]
     fit: Option<fitting::Report>,
@@ -108,6 +111,11 @@ pub fn run(args: Args) -> Result<()> {
         calibration = Some(report);
     }
     let (report, whole) = write(contents, &prepared, &out, scheme, packing)?;
+    if report.coded == 0 && !matches!(scheme, Scheme::Fp16 | Scheme::Int8) {
+        output::warn(&format!(
+            "--quant {scheme} has coded nothing: no matrix has more than {KEEP_FLOAT_MAX_NUMEL} elements"
+        ));
+    }
     let mut report = Report { calibration, ..report };
     if let (Some(text), Some(target)) = (text, &target) {
         let scores = export_loss::scores(&source, &out, &text, target)?;
@@ -201,6 +209,7 @@ fn write(
         quantise_seconds,
         pack_seconds,
         losses,
+        coded: artifact.tensors.iter().filter(|tensor| tensor.storage.is_coded()).count(),
         bpb: None,
         fit,
         log: log.into(),

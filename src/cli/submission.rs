@@ -86,7 +86,8 @@ pub fn run(args: Args) -> Result<()> {
         None => export::pack(run, &artifact, Scheme::Int8, Codec::Brotli).map(drop)?,
     }
     let artifact_bytes = fs::metadata(&artifact).map_err(|error| Error::read(&artifact, &error))?.len();
-    let scored = scoring.map(|(val, target)| score(&artifact, &val, &target)).transpose()?;
+    let source = Source::load(&artifact)?;
+    let scored = scoring.map(|(val, target)| score(&source, &val, &target)).transpose()?;
     if scored.is_none() {
         output::warn(
             "the record states the runs' losses before quantisation: --data DIR scores the artifact",
@@ -108,6 +109,7 @@ pub fn run(args: Args) -> Result<()> {
         recipe_toml: recipe.to_toml(),
         scored,
         artifact_bytes,
+        packing: source.packing.unwrap_or_default(),
     };
     let written = submission.write(&args.out)?;
     if args.json {
@@ -144,8 +146,7 @@ fn read_run(dir: &Path) -> Result<(Recipe, Run)> {
     Ok((recipe, run))
 }
 
-fn score(artifact: &Path, val: &ValTokens, target: &Target) -> Result<Loss> {
-    let source = Source::load(artifact)?;
-    let score = eval::score(&source, val, source.contents.recipe.val_batch_tokens(), target)?;
+fn score(source: &Source, val: &ValTokens, target: &Target) -> Result<Loss> {
+    let score = eval::score(source, val, source.contents.recipe.val_batch_tokens(), target)?;
     Ok(Loss { val_loss: score.val_loss, val_bpb: Some(score.val_bpb) })
 }

@@ -55,6 +55,8 @@ pub struct Submission {
     pub scored: Option<Loss>,
     /// The artifact's size.
     pub artifact_bytes: u64,
+    /// Its quantisation and codec.
+    pub packing: (String, String),
 }
 
 /// What was written.
@@ -194,12 +196,14 @@ impl Submission {
             let (loss, bpb) = (shown(Some(run.loss.val_loss), 6), shown(run.loss.val_bpb, 6));
             let _ = writeln!(text, "| {} | {loss} | {bpb} | `{log}` |", run.seed);
         }
+        let (quant, codec) = &self.packing;
         let _ = write!(
             text,
             "\nOver {} seeds before quantisation: mean {} nats, standard deviation {}.\n\n\
              Trained with `recipe.toml` by the program in `source/`:\n\n```\n\
              fairway train recipe.toml --data DIR --seed SEED --out RUN\n\
-             fairway export RUN --out {ARTIFACT}\nfairway eval {ARTIFACT} --data DIR\n```\n",
+             fairway export RUN --quant {quant} --codec {codec} --out {ARTIFACT}\n\
+             fairway eval {ARTIFACT} --data DIR\n```\n",
             sample.count,
             shown(Some(sample.mean), 6),
             shown(Some(sample.std), 6)
@@ -263,6 +267,7 @@ mod tests {
             recipe_toml: "system = \"challenge\"\n".into(),
             scored: None,
             artifact_bytes: 1000,
+            packing: ("gptq-int6".into(), "lzma".into()),
         }
     }
 
@@ -296,6 +301,7 @@ mod tests {
         }
         assert_eq!(read("train_seed1_2.log"), "seed:1\n");
         assert!(read("README.md").contains("| 2 | 2.500000 | 1.250000 | `train_seed2.log` |"));
+        assert!(read("README.md").contains("\nfairway export RUN --quant gptq-int6 --codec lzma --out "));
         assert!(read("README.md").contains("mean 2.500000 nats, standard deviation 0.500000"));
         assert_eq!(
             source_files().len(),
