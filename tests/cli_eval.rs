@@ -246,6 +246,10 @@ fn several_seeds_are_several_runs_whose_submission_is_one_folder() {
         let line = format!("submission runs/seed-3 --out {out} --data nothing --device cpu");
         place.line(&line).fails(2, &["nothing"]);
     }
+    let mut spoilt = place.read("sub/model.fairway");
+    *spoilt.last_mut().unwrap() ^= 1;
+    fs::write(place.path("spoilt"), spoilt).unwrap();
+    place.line("submission runs/seed-3 --out sub --artifact spoilt").fails(2, &["spoilt"]);
     assert!(place.snapshot("sub") == whole && !place.path("half").exists());
     place.train("other", "--steps 6 --set matrix_lr=0.01").clean();
     let ran = place.line("submission runs/seed-3 other --out mixed --json");

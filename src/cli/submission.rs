@@ -65,11 +65,15 @@ pub fn run(args: Args) -> Result<()> {
     if let Some(file) = packed.as_deref().filter(|file| !source::is_artifact(file)) {
         return Err(Error::input("not an artifact", file.display(), "what `fairway export` wrote"));
     }
+    let loaded = packed.as_deref().map(Source::load).transpose()?;
     let scoring = match &args.data {
         Some(data) => {
             let target = args.device.target()?;
-            let source = Source::load(packed.as_deref().unwrap_or(run))?;
-            Some((eval::val_tokens(&source.contents, data)?, target))
+            let val = match &loaded {
+                Some(source) => eval::val_tokens(&source.contents, data)?,
+                None => eval::val_tokens(&Source::load(run)?.contents, data)?,
+            };
+            Some((val, target))
         }
         None => None,
     };
@@ -81,12 +85,17 @@ pub fn run(args: Args) -> Result<()> {
 
     begin(&args.out)?;
     let artifact = args.out.join(ARTIFACT);
-    match &packed {
-        Some(file) => write_atomic(&artifact, &read(file)?)?,
-        None => export::pack(run, &artifact, Scheme::Int8, Codec::Brotli).map(drop)?,
-    }
+    let source = match (&packed, loaded) {
+        (Some(file), Some(source)) => {
+            write_atomic(&artifact, &read(file)?)?;
+            source
+        }
+        _ => {
+            export::pack(run, &artifact, Scheme::Int8, Codec::Brotli)?;
+            Source::load(&artifact)?
+        }
+    };
     let artifact_bytes = fs::metadata(&artifact).map_err(|error| Error::read(&artifact, &error))?.len();
-    let source = Source::load(&artifact)?;
     let scored = scoring.map(|(val, target)| score(&source, &val, &target)).transpose()?;
     if scored.is_none() {
         output::warn(
