@@ -20,7 +20,7 @@ use fairway::model::{EMBEDDING, HEAD, Model, init};
 use fairway::ops::{Autodiff, Plain, rounded};
 use fairway::quant::Hessians;
 use fairway::recipe::Recipe;
-use hybrids_common::{VOCAB, model, pr1382, pr1607, pr1994, smooth_forms, tiny, values};
+use hybrids_common::{VOCAB, model, pr1607, pr1994, smooth_forms, systems, tiny, values};
 use rand::Rng;
 use std::path::Path;
 
@@ -36,16 +36,6 @@ fn write<P: Plain>(model: &Model<P>, how: &Generation) -> Sequences {
 
 fn hessians<P: Plain>(model: &Model<P>, sequences: &Sequences) -> Hessians {
     collect(model, sequences, &|_| true, &mut |_, _, _| Ok(())).unwrap()
-}
-
-/// One of each system.
-fn systems() -> Vec<(&'static str, Recipe)> {
-    vec![
-        ("challenge", tiny("challenge")),
-        ("pr1994", pr1994("mamba2_kill")),
-        ("pr1607", pr1607()),
-        ("pr1382", pr1382()),
-    ]
 }
 
 /// The logits after each token but the last of a sequence, by one forward.

@@ -14,21 +14,11 @@ use fairway::eval::tally::{Tally, Text};
 use fairway::eval::windows::Windows;
 use fairway::model::Model;
 use fairway::recipe::Recipe;
-use hybrids_common::{model, pr1382, pr1607, pr1994, tiny};
+use hybrids_common::{model, pr1607, pr1994, systems};
 
 /// What is scored: 31 targets in windows of 12, whose last ones are cut short or overlap.
 const TARGETS: usize = 31;
 const LEN: usize = 12;
-
-fn recipes() -> Vec<(&'static str, Recipe)> {
-    vec![
-        ("challenge", tiny("challenge")),
-        ("pr1994", pr1994("mamba2_kill")),
-        ("pr1607", pr1607()),
-        // Its rotation depends on the length of the sequence from 8 on.
-        ("pr1382", pr1382()),
-    ]
-}
 
 fn slow(model: &Model<Cpu>, text: &Text, method: &Method) -> Vec<(usize, f64)> {
     let Walk::Windows { windows, stride } = method.walk else { panic!("windows") };
@@ -41,7 +31,7 @@ fn slow(model: &Model<Cpu>, text: &Text, method: &Method) -> Vec<(usize, f64)> {
 fn every_kind_of_windows_scores_what_one_window_at_a_time_does() {
     let (tokens, table) = (tokens(TARGETS + 1), table());
     let text = Text { tokens: &tokens, table: &table };
-    for (name, recipe) in recipes() {
+    for (name, recipe) in systems() {
         let model = model(&recipe);
         for windows in Windows::ALL {
             for (stride, rows, temperature) in [(5, 3, 1.0), (12, 1, 1.0), (1, 50, 0.9), (7, 2, 1.7)] {
@@ -131,7 +121,8 @@ fn every_device_scores_alike() {
     };
     all_pass(|| ScoresAlike {
         tokens: tokens.clone(),
-        cases: recipes().iter().flat_map(|system| ways.map(|way| case(system, way))).collect(),
+        cases: systems().iter().flat_map(|system| ways.map(|way| case(system, way))).collect(),
         bounds: [1e-11, 1e-4],
+        in_bf16: None,
     });
 }

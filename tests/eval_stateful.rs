@@ -160,5 +160,6 @@ fn every_device_carries_the_state() {
         tokens: tokens.clone(),
         cases: hybrids().into_iter().map(case).collect(),
         bounds: [1e-10, 1e-4],
+        in_bf16: None,
     });
 }

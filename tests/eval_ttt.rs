@@ -299,5 +299,6 @@ fn every_device_trains_alike() {
         tokens: tokens.clone(),
         cases: [("pr1382", pr1382(), options()), ("pr1607", pr1607(), adam)].map(case).into(),
         bounds: [1e-9, 1e-3],
+        in_bf16: Some(0.15),
     });
 }

@@ -157,6 +157,8 @@ pub struct ScoresAlike {
     pub cases: Vec<Scoring>,
     /// The most that a mean loss may be off in f64, and in f32: losses are some 3 nats each, through models of tiny width.
     pub bounds: [f64; 2],
+    /// The same in bf16, where it is not [`bound_in_bf16`]'s: that knows nothing of models that train in between.
+    pub in_bf16: Option<f64>,
 }
 
 impl Job for ScoresAlike {
@@ -170,7 +172,9 @@ impl Job for ScoresAlike {
             let bound = match target.precision {
                 Precision::F64 => self.bounds[0],
                 Precision::F32 => self.bounds[1],
-                Precision::Bf16 => bound_in_bf16(recipe, &self.tokens, method.pass.seq_len),
+                Precision::Bf16 => {
+                    self.in_bf16.unwrap_or_else(|| bound_in_bf16(recipe, &self.tokens, method.pass.seq_len))
+                }
             };
             let score = || {
                 let there = model_on::<P>(recipe, device, target.precision.dtype());

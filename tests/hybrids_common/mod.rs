@@ -76,6 +76,17 @@ pub fn pr1382() -> Recipe {
     }
 }
 
+/// One of each system.
+pub fn systems() -> Vec<(&'static str, Recipe)> {
+    vec![
+        ("challenge", tiny("challenge")),
+        ("pr1994", pr1994("mamba2_kill")),
+        ("pr1607", pr1607()),
+        // Its rotation depends on the length of the sequence from 8 on.
+        ("pr1382", pr1382()),
+    ]
+}
+
 /// Every mixer form and option, but those whose gradient is no derivative: ternary weights and the DTG gate.
 pub fn smooth_forms() -> Vec<(&'static str, Recipe)> {
     let alone = |layers: usize| Recipe {
